@@ -1,0 +1,1 @@
+"""Write a linear sequence model's recurrence once, for one token; the compiler derives the rest."""

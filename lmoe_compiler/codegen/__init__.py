@@ -1,0 +1,1 @@
+"""Stop 6 of the walk: chunk program -> plan -> tile program -> Triton source."""

@@ -1,0 +1,47 @@
+"""The chunk program: the body of a recurrence for ONE chunk of C tokens, (S_in, tokens) -> (S_out, o), scanned over chunks.
+
+Same nodes as the recurrence IR (ir/nodes.py), with the row axis `t` on every token and `s` for source rows.
+Leaves are `input` nodes:
+  a token  `q`      axes (t, K)        its rows of this chunk; rows past the end hold zeros
+  a head   `u`      axes (K,)          per-head parameter
+  a state  `S`      axes (K, V)        the state at the chunk's entry
+  `valid`           axes (t,)          1 for a real token, 0 for padding after the end (always declared)
+and in an adjoint also
+  `d.o`             axes of the output gradient of the output, zero in padding rows
+  `d.S`             axes of the state  gradient of the chunk's exit state
+Reads needed by the output are inlined. Next: chunk.py builds it, adjoint.py differentiates it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmoe_compiler.ir.nodes import Node, Program, Var
+
+VALID = "valid"
+
+
+@dataclass(frozen=True)
+class ChunkProgram:
+    """Forward: `next_states[i]` is the exit value of `program.states[i]`; `output` has axis t."""
+
+    program: Program
+    next_states: tuple[Node, ...]
+    output: Node
+
+
+@dataclass(frozen=True)
+class ChunkAdjoint:
+    """Backward of one chunk, given entry states, tokens, `d.o` and `d.S`.
+
+    `input_grads[i]` is the gradient of `program.inputs[i]`: for a token with axis t, for a head already
+    summed over this chunk's rows. `state_grads[i]` is the gradient of the entry value of `program.states[i]`.
+    """
+
+    forward: ChunkProgram
+    input_grads: tuple[Node, ...]
+    state_grads: tuple[Node, ...]
+
+
+def gradient_name(var: Var | str) -> str:
+    return f"d.{var if isinstance(var, str) else var.name}"

@@ -1,0 +1,1 @@
+"""Installed as lmoe_compiler.runtime."""
