@@ -1,0 +1,128 @@
+"""Options of a recurrence, and the only reader of LMOE_* environment variables. Both validated here.
+
+variable          values                                   meaning
+LMOE_DEBUG        ir,analysis,chunk,triton,fx or all       print these stages of every compilation to stderr
+LMOE_VERIFY       0 | 1                                    check every stage against the level above it
+LMOE_KERNEL_DIR   a folder                                 write generated kernels there; edited files are used as they are
+LMOE_CACHE_DIR    a folder (default ~/.cache/lmoe)         everything else that is kept between runs
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lmoe_compiler.errors import InvalidOption
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+STAGES = ("ir", "analysis", "chunk", "triton", "fx")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a recurrence is run. `str(options)` and `Options.parse` are inverse: the text is an op's argument."""
+
+    implementation: str = "auto"
+    chunk_size: int | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.implementation not in IMPLEMENTATIONS:
+            raise InvalidOption(
+                f"implementation={self.implementation!r} does not exist",
+                why=f"it is one of {', '.join(IMPLEMENTATIONS)}",
+                try_='r.with_options(implementation="auto")',
+            )
+        size = self.chunk_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise InvalidOption(
+                f"chunk_size={size!r} is not a positive integer",
+                why="it is the number of tokens that are computed at once",
+                try_="r.with_options(chunk_size=64)",
+            )
+        if type(self.debug) is not bool:
+            raise InvalidOption(
+                f"debug={self.debug!r} is not a bool", try_="r.with_options(debug=True)"
+            )
+
+    def with_(self, changes: Mapping[str, Any]) -> Options:
+        """These options with some changed; names are checked."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InvalidOption(
+                    f"there is no option {name!r}",
+                    why=f"options of a recurrence are {', '.join(known)}",
+                    try_=f"r.with_options({known[0]}=...)",
+                )
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> Options:
+        """The options that print as `text`."""
+        values: dict[str, Any] = dict(part.split("=", 1) for part in text.split())
+        if "chunk_size" in values:
+            values["chunk_size"] = int(values["chunk_size"])
+        if "debug" in values:
+            values["debug"] = values["debug"] == "True"
+        return Options().with_(values)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The LMOE_* variables, checked."""
+
+    debug: frozenset[str] = frozenset()
+    verify: bool = False
+    kernel_dir: Path | None = None
+    cache_dir: Path = Path("~/.cache/lmoe")
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str]) -> Environment:
+        names = {"LMOE_DEBUG", "LMOE_VERIFY", "LMOE_KERNEL_DIR", "LMOE_CACHE_DIR"}
+        for name in variables:
+            if name.startswith("LMOE_") and name not in names:
+                raise InvalidOption(
+                    f"there is no environment variable {name}",
+                    why=f"known are {', '.join(sorted(names))}",
+                )
+        kernels = variables.get("LMOE_KERNEL_DIR")
+        return cls(
+            debug=_stages(variables.get("LMOE_DEBUG", "")),
+            verify=_flag("LMOE_VERIFY", variables.get("LMOE_VERIFY", "0")),
+            kernel_dir=Path(kernels).expanduser() if kernels else None,
+            cache_dir=Path(variables.get("LMOE_CACHE_DIR") or "~/.cache/lmoe").expanduser(),
+        )
+
+
+def _stages(text: str) -> frozenset[str]:
+    stages = [stage.strip() for stage in text.split(",") if stage.strip()]
+    for stage in stages:
+        if stage not in (*STAGES, "all"):
+            raise InvalidOption(
+                f"LMOE_DEBUG={text}: there is no stage {stage!r}",
+                why=f"stages are {', '.join(STAGES)}, or all",
+                try_="LMOE_DEBUG=ir,fx",
+            )
+    return frozenset(STAGES if "all" in stages else stages)
+
+
+def _flag(name: str, text: str) -> bool:
+    if text not in ("0", "1", ""):
+        raise InvalidOption(f"{name}={text} is neither 0 nor 1", try_=f"{name}=1")
+    return text == "1"
+
+
+@cache
+def environment() -> Environment:
+    """The process's variables, read at first use (`environment.cache_clear()` reads them again)."""
+    return Environment.read(os.environ)

@@ -1,0 +1,91 @@
+"""Every mistake a user can make, one class each: what is wrong (with values), where, why, and code that works.
+
+`assert` is for our own bugs; users only ever see these. Warnings that we raise are here too.
+"""
+
+from __future__ import annotations
+
+from textwrap import indent
+
+
+class LmoeError(Exception):
+    """Base of every error. The message is four labelled parts; empty parts are left out."""
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", try_: str = "") -> None:
+        self.what, self.where, self.why, self.try_ = what, where, why, try_
+        super().__init__(what, where, why, try_)
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        for label, part in (("where", self.where), ("why", self.why), ("try", self.try_)):
+            if part:
+                parts.append(f"  {label + ':':<7}" + indent(part, " " * 9).lstrip())
+        return "\n".join(parts)
+
+
+# -- configuration ------------------------------------------------------------------------------
+
+
+class InvalidOption(LmoeError, ValueError):
+    """An option, a backend option or an LMOE_* variable has a name or value that does not exist."""
+
+
+class ImplementationUnavailable(LmoeError, RuntimeError):
+    """`implementation="triton"` was asked for where it cannot run."""
+
+
+class FallbackWarning(UserWarning):
+    """`implementation="auto"` could not take the generated kernels; said once per reason."""
+
+
+# -- calls --------------------------------------------------------------------------------------
+
+
+class InvalidArgument(LmoeError, TypeError):
+    """A call has an unknown, missing or doubled argument, or one that is not a tensor."""
+
+
+class ShapeMismatch(LmoeError, ValueError):
+    """An argument has the wrong rank, or disagrees with another about a size."""
+
+
+class HeadCountMismatch(ShapeMismatch):
+    """Head counts must divide the widest input's."""
+
+
+class DtypeMismatch(LmoeError, TypeError):
+    """An argument has a dtype that this recurrence cannot take, or a mix of dtypes."""
+
+
+class DeviceMismatch(LmoeError, ValueError):
+    """Arguments lie on different devices."""
+
+
+class InvalidCuSeqlens(LmoeError, ValueError):
+    """`cu_seqlens` must be [N+1] int32 offsets 0 = c0 <= c1 <= ... <= cN = T, with a batch of one."""
+
+
+class InvalidState(LmoeError, ValueError):
+    """`initial_state=` or `state=` has the wrong count, shape or dtype."""
+
+
+class BoundViolated(LmoeError, ValueError):
+    """Under debug: an input left the range that `bounds=` declares."""
+
+
+# -- differentiation ----------------------------------------------------------------------------
+
+
+class UnsupportedTransform(LmoeError, NotImplementedError):
+    """Forward mode or a second derivative through a compiled recurrence."""
+
+
+class NoSpanMap(LmoeError, NotImplementedError):
+    """The state after a span is not an affine function of the state before it."""
+
+
+# -- the torch.compile backend ------------------------------------------------------------------
+
+
+class PassFailed(LmoeError, RuntimeError):
+    """A graph pass raised or left a graph that does not hold together."""
