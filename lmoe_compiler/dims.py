@@ -1,8 +1,14 @@
-"""Dimensions of tokens and states. `K` (keys) and `V` (values) come ready-made; define more by subclassing `Dim`."""
+"""Dims, and the annotations that use them: `State[K, V]`, `Token[K]`, `Token`, `Head[K]`, `Head`.
+
+`K` (keys) and `V` (values) come ready-made; define more by subclassing `Dim`.
+"""
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import TypeAliasType, TypeVarTuple
 
 
 class Dim:
@@ -24,3 +30,11 @@ class K(Dim):
 
 class V(Dim):
     """values: the columns of a state"""
+
+
+Axes = TypeVarTuple("Axes")
+
+# To a type checker these are Tensor, so that a body may rebind its arguments freely.
+State = TypeAliasType("State", Tensor, type_params=(Axes,))
+Token = TypeAliasType("Token", Tensor, type_params=(Axes,))
+Head = TypeAliasType("Head", Tensor, type_params=(Axes,))

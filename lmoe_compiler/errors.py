@@ -23,6 +23,57 @@ class LmoeError(Exception):
         return "\n".join(parts)
 
 
+# -- step functions and programs ------------------------------------------------------------------
+
+
+class UnknownAnnotation(LmoeError, TypeError):
+    """An argument of a step function without State, Token or Head, or with something that is no Dim."""
+
+
+class BadSignature(LmoeError, TypeError):
+    """A step function whose arguments cannot be a recurrence's: no state, *args, defaults, a clash of names."""
+
+
+class WrongReturn(LmoeError, ValueError):
+    """A step returned the wrong number of values, or a state of another shape."""
+
+
+class MixedDims(LmoeError, ValueError):
+    """Two different dims met where one was expected (S + S.T), or a dim was taken for a number."""
+
+
+class DataDependentControlFlow(LmoeError, ValueError):
+    """A Python branch, loop or conversion that needs the value of a tensor."""
+
+
+class InPlaceUpdate(LmoeError, ValueError):
+    """A step that changes a tensor in place."""
+
+
+class SideEffect(LmoeError, ValueError):
+    """A step that changes something outside itself."""
+
+
+class CapturedTensor(LmoeError, ValueError):
+    """A step that uses a tensor which is not one of its arguments."""
+
+
+class UnsupportedOperation(LmoeError, NotImplementedError):
+    """A torch operation that has no meaning for one token of one head."""
+
+
+class IRSyntaxError(LmoeError, ValueError):
+    """IR text that does not parse; `where` holds line and column."""
+
+
+class InvalidProgram(LmoeError, ValueError):
+    """A recurrence, built by hand or parsed, that breaks a rule of the IR."""
+
+
+class BadBound(LmoeError, ValueError):
+    """A declared bound of an unknown input, or with low above high."""
+
+
 # -- configuration ------------------------------------------------------------------------------
 
 
