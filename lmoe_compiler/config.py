@@ -1,10 +1,10 @@
-"""Options of a recurrence, and the only reader of LMOE_* environment variables. Both validated here.
+"""Options of a recurrence, and the only reader of LMOE_* variables. Both are checked here.
 
-variable          values                                   meaning
-LMOE_DEBUG        ir,analysis,chunk,triton,fx or all       print these stages of every compilation to stderr
-LMOE_VERIFY       0 | 1                                    check every stage against the level above it
-LMOE_KERNEL_DIR   a folder                                 write generated kernels there; edited files are used as they are
-LMOE_CACHE_DIR    a folder (default ~/.cache/lmoe)         everything else that is kept between runs
+variable         values                            meaning
+LMOE_DEBUG       ir,analysis,chunk,triton,fx|all   print these stages of every compilation
+LMOE_VERIFY      0 | 1                             check every stage against the level above it
+LMOE_KERNEL_DIR  a folder                          generated kernels go there; edits are used as is
+LMOE_CACHE_DIR   a folder (~/.cache/lmoe)          everything else that is kept between runs
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STAGES = ("ir", "analysis", "chunk", "triton", "fx")
 
 @dataclass(frozen=True)
 class Options:
-    """How a recurrence is run. `str(options)` and `Options.parse` are inverse: the text is an op's argument."""
+    """How a recurrence is run. Its text is an argument of the ops: `parse(str(options)) == options`."""
 
     implementation: str = "auto"
     chunk_size: int | None = None

@@ -1,4 +1,4 @@
-"""Every mistake a user can make, one class each: what is wrong (with values), where, why, and code that works.
+"""Every mistake a user can make, one class each: what is wrong, where, why, and code that works.
 
 `assert` is for our own bugs; users only ever see these. Warnings that we raise are here too.
 """
@@ -113,7 +113,7 @@ class DeviceMismatch(LmoeError, ValueError):
 
 
 class InvalidCuSeqlens(LmoeError, ValueError):
-    """`cu_seqlens` must be [N+1] int32 offsets 0 = c0 <= c1 <= ... <= cN = T, with a batch of one."""
+    """`cu_seqlens` must be int32 [N+1], 0 = c0 <= c1 <= ... <= cN = T, with a batch of one."""
 
 
 class InvalidState(LmoeError, ValueError):
