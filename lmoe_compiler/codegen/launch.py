@@ -1,0 +1,130 @@
+"""Runs a plan: allocates what its kernels store, launches them, and keeps what a repeated launch can reuse."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmoe_compiler.codegen.load import load_module
+from lmoe_compiler.codegen.plan import Kernel, Plan, Value
+from lmoe_compiler.codegen.triton import function_name, identifier, print_module
+
+TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton runs its interpreter (on CPU tensors): fixed when triton is imported."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The lengths of one call: `sequences` is B, or the number of packed documents."""
+
+    batch: int
+    length: int
+    sequences: int
+    chunk: int
+    varlen: bool
+
+    @property
+    def slots(self) -> int:
+        """Chunks of all sequences; packed documents leave at most one slot each unused."""
+        if self.varlen:
+            return self.length // self.chunk + self.sequences
+        return self.batch * -(-self.length // self.chunk)
+
+
+def shape_of(value: Value, plan: Plan, extent: Extent) -> tuple[int, ...]:
+    sizes = plan.size_of | {"s": plan.chunk}
+    axes = [sizes[a.rstrip("'")] for a in value.axes]
+    if value.per == "row":
+        return (extent.batch, extent.length, plan.heads, *axes)
+    if value.per == "chunk":
+        return (extent.slots, plan.heads, *axes)
+    if value.per == "segment":
+        return (extent.sequences * plan.choice.segments, plan.heads, *axes)
+    return (extent.sequences, plan.heads, *axes)
+
+
+class Launcher:
+    """One kernel of a loaded module. The first launch of a binding goes through Triton's JIT, later ones do not."""
+
+    def __init__(self, plan: Plan, kernel: Kernel, module: ModuleType, printer: Any) -> None:
+        self.plan, self.kernel = plan, kernel
+        self.function = getattr(module, function_name(plan, kernel))
+        self.names = tuple(printer.args)
+        self.constants = _constants(plan, printer.constant_names())
+        self.tiles = 1
+        for axis, block in kernel.tiles:
+            self.tiles *= -(-plan.size_of[axis] // block)
+        tuning = kernel.tuning
+        self.options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
+
+    def __call__(self, tensors: Mapping[str, Tensor], extent: Extent, cu_seqlens: Tensor | None) -> None:
+        parallel = self.kernel.order == "parallel"
+        programs = extent.slots if parallel else extent.sequences * self.kernel.segments
+        grid = (programs * self.plan.heads * self.tiles,)
+        if grid[0] == 0:
+            return
+        args: list[Any] = [tensors[name] for name in self.names]
+        if cu_seqlens is not None:
+            args += [cu_seqlens, extent.sequences]
+        self.function[grid](*args, extent.length, **self.constants, **self.options)
+
+
+def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
+    import triton.language as tl
+
+    half = plan.dtype != "fp32"
+    settings = {
+        "DOT": tl.float32 if interpreting() else {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[plan.dtype],
+        "PRECISION": "ieee" if interpreting() else "tf32" if half else "tf32x3",
+        "INVERSE": "ieee" if interpreting() else "tf32" if half else "tf32x3",
+        "SPLIT": half and not interpreting(),
+        "EXACT": not half,
+    }
+    return {name: settings[name] if isinstance(value, str) else value for name, value in names.items()}
+
+
+class Executable:
+    """A plan with its kernels loaded."""
+
+    def __init__(self, plan: Plan, header: Sequence[str]) -> None:
+        self.plan = plan
+        self.text, printers = print_module(plan, header)
+        module = load_module(identifier(plan.program.name), self.text)
+        self.launchers = [Launcher(plan, k, module, printers[k.name]) for k in plan.kernels]
+        self.dot = torch.float32 if interpreting() else TORCH_DTYPE[plan.dtype]
+
+    def __call__(
+        self,
+        inputs: dict[str, Tensor],
+        given: Mapping[str, torch.dtype],
+        extent: Extent,
+        cu_seqlens: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """All tensors by name after the kernels have run; `given` has the dtypes of values for the caller."""
+        tensors = inputs
+        device = next(iter(inputs.values())).device
+        for launcher in self.launchers:
+            for value in _stored(launcher.kernel):
+                dtype = {"dot": self.dot, "fp32": torch.float32}.get(value.dtype) or given[value.name]
+                shape = shape_of(value, self.plan, extent)
+                make = torch.zeros if value.per == "chunk" and extent.varlen else torch.empty
+                tensors[identifier(value.name)] = make(shape, dtype=dtype, device=device)
+            launcher(tensors, extent, cu_seqlens)
+        return tensors
+
+
+def _stored(kernel: Kernel) -> list[Value]:
+    return [*(s.value for s in kernel.stores), *(c.end for c in kernel.carries if c.end is not None)]

@@ -1,0 +1,264 @@
+"""Cuts a tile graph into kernels by what each node depends on: the carried state, the carried adjoint, both or neither.
+
+Forward:   [prepare]  ->  scan                       the state stays in registers, o is written
+Backward:  [prepare]  ->  states  ->  adjoint  ->  gradients
+  states     walks forward, carries S; stores S at each chunk's entry and the solves' results that depend on S
+  adjoint    walks backward, carries d.S; stores d.S at each chunk's exit and the solves' results that depend on it
+  gradients  parallel over chunks: both carried values are loads, so nothing is ordered and all axes are whole
+With `choice.fused` the last two are one reverse scan. `prepare` (parallel over chunks) stores the [C, C] factors
+that depend on no state: inverses of triangular systems and decayed products.
+
+A kernel is then the closure of what it stores and carries, cut at what an earlier kernel stored. An axis that no
+node of the kernel contracts may be tiled over programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lmoe_compiler.codegen.plan import (
+    Carry,
+    Choice,
+    Kernel,
+    Load,
+    Order,
+    Plan,
+    Store,
+    Value,
+    padded,
+)
+from lmoe_compiler.codegen.tile import to_tiles
+from lmoe_compiler.ir.nodes import REDUCE, ROW, SOURCE, Node, Program, Var
+from lmoe_compiler.lower.program import ChunkAdjoint, ChunkProgram, gradient_name
+
+OUTPUT = "o"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a plan is made for: everything of a call that changes the kernels' text."""
+
+    sizes: tuple[tuple[str, int], ...]
+    heads: int
+    input_heads: tuple[tuple[str, int], ...]
+    dtype: str
+    varlen: bool = False
+    has_initial: bool = False
+    has_final_gradient: tuple[bool, ...] = ()
+
+
+def closure(roots: Iterable[Node], cut: Mapping[Node, Value] | None = None) -> list[Node]:
+    """Nodes needed for `roots`, operands first, not looking below values that can be loaded."""
+    cut = cut or {}
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            if node not in cut:
+                stack.extend((a, False) for a in reversed(node.args) if id(a) not in seen)
+    return order
+
+
+def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, frozenset[str]]:
+    """Which of the leaves `names` each node depends on."""
+    found: dict[Node, frozenset[str]] = {}
+    for node in nodes:
+        if node.op == "input":
+            found[node] = names & {node.name}
+        else:
+            found[node] = frozenset().union(*(found[a] for a in node.args))
+    return found
+
+
+def tileable(nodes: Iterable[Node], axes: Iterable[str]) -> list[str]:
+    """The `axes` that no node contracts or relabels."""
+    busy: set[str] = set()
+    for node in nodes:
+        if node.op in REDUCE:
+            busy.add(str(node["axis"]))
+        elif node.op == "rename":
+            busy |= {str(node["old"]), str(node["new"])}
+    return [a for a in axes if a not in busy]
+
+
+@dataclass
+class Partition:
+    """Kernels made so far, and what they left in memory."""
+
+    program: Program
+    choice: Choice
+    call: Call
+    kernels: list[Kernel] = field(default_factory=list)
+    stored: dict[Node, Value] = field(default_factory=dict)
+
+    def add(self, name: str, order: Order, carries: Sequence[Carry], stores: Sequence[Store]) -> None:
+        """A kernel that computes `stores` and the carries' next values; its loads follow from what is stored."""
+        leaves = {c.leaf for c in carries}
+        cut = {n: v for n, v in self.stored.items() if n not in leaves}
+        roots = [*(s.node for s in stores), *(c.following for c in carries)]
+        nodes = closure(roots, cut)
+        loads = tuple(Load(n, cut[n]) for n in nodes if n in cut)
+        tuning = self.choice.tuning(name)
+        axes = dict.fromkeys(a for var in self.program.states for a in reversed(var.axes))
+        free = tileable([n for n in nodes if n not in cut], axes)
+        free = [a for a in free if any(a in c.axes for c in carries)]
+        tiles: list[tuple[str, int]] = []
+        sizes = dict(self.call.sizes)
+        for axis, block in zip(free, (tuning.block, tuning.block_second), strict=False):
+            if block and padded(sizes[axis]) > block:
+                tiles.append((axis, block))
+        kernel = Kernel(name, order, tuple(carries), loads, tuple(stores), tuple(tiles), tuning)
+        self.kernels.append(kernel)
+        self.stored.update({s.node: s.value for s in stores})
+
+    def prepare(self, nodes: Sequence[Node], carried: frozenset[str]) -> None:
+        """Stores [C, C] factors of products that depend on nothing carried."""
+        depends = dependences(nodes, carried)
+        factors: dict[Node, None] = {}
+        for node in nodes:
+            if node.op == "dot" and node["axis"] in (ROW, SOURCE) and depends[node]:
+                for operand in node.args:
+                    if set(operand.axes) == {ROW, SOURCE} and not depends[operand]:
+                        factors[operand] = None
+        stores = [Store(f, Value(f"{_label(f)}_{i}", (SOURCE,), "row")) for i, f in enumerate(factors)]
+        if stores:
+            self.add("prepare", "parallel", (), stores)
+
+    def plan(self, direction: str) -> Plan:
+        return Plan(
+            self.program,
+            direction,  # type: ignore[arg-type]
+            tuple(self.kernels),
+            self.choice,
+            self.call.sizes,
+            self.call.heads,
+            self.call.input_heads,
+            self.call.dtype,
+            self.call.varlen,
+        )
+
+
+def _label(node: Node) -> str:
+    return "inverse" if node.op == "inverse" else "pairs"
+
+
+def _initial(var: Var, present: bool) -> Value | None:
+    return Value(f"{var.name}_start", var.axes, "sequence", "fp32") if present else None
+
+
+def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
+    """prepare (if chosen, or if there is a solve) and one fused scan."""
+    program = chunk.program
+    output, *following = to_tiles([chunk.output, *chunk.next_states], choice.chunk, dict(call.sizes))
+    nodes = closure([output, *following])
+    part = Partition(program, choice, call)
+    if choice.prepare:
+        part.prepare(nodes, frozenset(v.name for v in program.states))
+    leaves = _leaves(nodes)
+    carries = [
+        Carry(
+            leaves.get(var.name, var.node),
+            after,
+            var.axes,
+            _initial(var, call.has_initial),
+            Value(f"{var.name}_end", var.axes, "sequence", "fp32"),
+        )
+        for var, after in zip(program.states, following, strict=True)
+    ]
+    axes = tuple(a for a in chunk.output.axes if a != ROW)
+    part.add("scan", "forward", carries, [Store(output, Value(OUTPUT, axes, "row", "given"))])
+    return part.plan("forward")
+
+
+def _leaves(nodes: Iterable[Node]) -> dict[str, Node]:
+    return {n.name: n for n in nodes if n.op == "input"}
+
+
+def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
+    """prepare, states, adjoint, gradients (the last two fused if chosen)."""
+    forward, program = adjoint.forward, adjoint.forward.program
+    count = len(program.inputs)
+    roots = to_tiles(
+        [*adjoint.input_grads, *adjoint.state_grads, *forward.next_states], choice.chunk, dict(call.sizes)
+    )
+    grads, before, after = roots[:count], roots[count : count + len(program.states)], roots[-len(program.states) :]
+    nodes = closure(roots)
+    leaves = _leaves(nodes)
+    states = frozenset(v.name for v in program.states)
+    adjoints = frozenset(gradient_name(v) for v in program.states)
+    part = Partition(program, choice, call)
+    if choice.prepare:
+        part.prepare(nodes, states | adjoints | {gradient_name(OUTPUT)})
+
+    needed = closure([*grads, *(before if choice.fused else [])])
+    depends = dependences(nodes, states | adjoints)
+    solves = [n for n in needed if _is_solve(n) and depends[n]]
+
+    def carried(var: Var, leaf: str, following: Node, start: Value | None, end: Value | None) -> Carry:
+        node = leaves.get(leaf) or Var(leaf, "state", var.axes).node
+        return Carry(node, following, var.axes, start, end)
+
+    carries = [
+        carried(var, var.name, node, _initial(var, call.has_initial), None)
+        for var, node in zip(program.states, after, strict=True)
+    ]
+    entries = [
+        Store(c.leaf, Value(f"{var.name}_entry", var.axes, "chunk"))
+        for var, c in zip(program.states, carries, strict=True)
+        if c.leaf in needed
+    ]
+    results = [n for n in solves if not depends[n] & adjoints]
+    if entries or results:
+        part.add("states", "forward", carries, [*entries, *_results(results, "y")])
+
+    backward = [
+        carried(
+            var,
+            gradient_name(var),
+            node,
+            Value(f"d{var.name}_end", var.axes, "sequence", "fp32") if given else None,
+            Value(f"d{var.name}_start", var.axes, "sequence", "fp32") if call.has_initial else None,
+        )
+        for var, node, given in zip(program.states, before, call.has_final_gradient, strict=True)
+    ]
+    outputs = [_gradient(program, var, grad) for var, grad in zip(program.inputs, grads, strict=True)]
+    if choice.fused:
+        part.add("gradients", "reverse", backward, outputs)
+        return part.plan("backward")
+    exits = [
+        Store(c.leaf, Value(f"d{var.name}_exit", var.axes, "chunk"))
+        for var, c in zip(program.states, backward, strict=True)
+        if c.leaf in needed
+    ]
+    results = [n for n in solves if depends[n] & adjoints]
+    part.add("adjoint", "reverse", backward, [*exits, *_results(results, "dy")])
+    part.add("gradients", "parallel", (), outputs)
+    return part.plan("backward")
+
+
+def _is_solve(node: Node) -> bool:
+    if node.op == "rename":
+        node = node.args[0]
+    return node.op == "dot" and any(a.op == "inverse" for a in node.args)
+
+
+def _results(nodes: Sequence[Node], name: str) -> list[Store]:
+    return [
+        Store(n, Value(f"{name}_{i}", tuple(a for a in n.axes if a != ROW), "row"))
+        for i, n in enumerate(nodes)
+        if SOURCE not in n.axes
+    ]
+
+
+def _gradient(program: Program, var: Var, node: Node) -> Store:
+    """Token gradients have a row per token; those of head parameters are one partial sum per chunk."""
+    if var.kind == "token":
+        return Store(node, Value(f"d{var.name}", var.axes, "row", "given"))
+    return Store(node, Value(f"d{var.name}", var.axes, "chunk", "fp32"))

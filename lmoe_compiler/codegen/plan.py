@@ -1,0 +1,139 @@
+"""Plans: which kernels run, what each carries, loads and stores, and how it is tiled. Frozen data, no decisions.
+
+A `Choice` is what the cost model picks (cost.py); `partition.py` turns a tile graph and a choice into a `Plan`;
+`triton.py` prints each `Kernel`; `run.py` allocates the values and launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lmoe_compiler.ir.nodes import Node, Program
+
+Order = Literal["forward", "reverse", "parallel"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How one kernel is tiled and launched.
+
+    block, block_second   tile of the first and second axis that may be tiled (0: whole), values first
+    """
+
+    block: int = 64
+    block_second: int = 0
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the cost model decides for one call.
+
+    chunk      rows of one chunk
+    segments   parts that each sequence is cut into, scanned side by side (1: none)
+    prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
+    fused      backward only: gradients inside the reverse scan (True) or in a kernel parallel over chunks
+    kernels    tuning by kernel name; `default` for the others
+    """
+
+    chunk: int = 64
+    segments: int = 1
+    prepare: bool = False
+    fused: bool = False
+    default: Tuning = Tuning()
+    kernels: tuple[tuple[str, Tuning], ...] = ()
+
+    def tuning(self, kernel: str) -> Tuning:
+        return dict(self.kernels).get(kernel, self.default)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor between kernels, or to or from the caller.
+
+    per row       [B, T, H, *axes]; the axis `s` has the length of a chunk
+    per chunk     [slots, H, *axes], a slot per chunk of each sequence
+    per sequence  [N, H, *axes]
+    per segment   [N * segments, H, *axes]
+    per head      [H, *axes], read only
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    per: Literal["row", "chunk", "sequence", "segment", "head"]
+    dtype: Literal["dot", "fp32", "given"] = "dot"
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A value carried from chunk to chunk: `leaf` inside the body, `following` after it."""
+
+    leaf: Node
+    following: Node
+    axes: tuple[str, ...]
+    start: Value | None
+    end: Value | None
+
+
+@dataclass(frozen=True)
+class Load:
+    node: Node
+    value: Value
+
+
+@dataclass(frozen=True)
+class Store:
+    node: Node
+    value: Value
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk.
+
+    tiles       tiled axis -> tile size; every other axis is whole in a program
+    """
+
+    name: str
+    order: Order
+    carries: tuple[Carry, ...]
+    loads: tuple[Load, ...]
+    stores: tuple[Store, ...]
+    tiles: tuple[tuple[str, int], ...]
+    tuning: Tuning
+    segments: int = 1
+
+    @property
+    def tile_sizes(self) -> dict[str, int]:
+        return dict(self.tiles)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All kernels of one call. `inputs` are [name, axes, heads] of the tensors given by the caller."""
+
+    program: Program
+    direction: Literal["forward", "backward"]
+    kernels: tuple[Kernel, ...]
+    choice: Choice
+    sizes: tuple[tuple[str, int], ...]
+    heads: int
+    input_heads: tuple[tuple[str, int], ...]
+    dtype: str
+    varlen: bool
+    ordered: tuple[str, ...] = field(default=())
+
+    @property
+    def chunk(self) -> int:
+        return self.choice.chunk
+
+    @property
+    def size_of(self) -> dict[str, int]:
+        return dict(self.sizes)
+
+
+def padded(size: int) -> int:
+    """Length of a whole axis in a program: a power of two, at least 16 (the least side of a tensor-core product)."""
+    return max(16, 1 << (size - 1).bit_length())

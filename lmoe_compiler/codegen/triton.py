@@ -1,0 +1,468 @@
+"""Prints a plan as a readable Triton module. It decides nothing: one statement per node of the tile graph.
+
+Names follow flash-linear-attention: i_ program and loop indices, o_ offsets, m_ masks, p_ pointers, b_ blocks.
+In: plan.py's kernels. Out: text that load.py writes to a file and imports.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from lmoe_compiler.codegen.partition import closure
+from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
+from lmoe_compiler.codegen.statements import (
+    CHUNK_OPS,
+    COMPARISONS,
+    DEVICE_FUNCTIONS,
+    Block,
+    axis_order,
+    chunk_op,
+    pointwise,
+    spread,
+)
+from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
+from lmoe_compiler.lower.program import VALID
+
+INDENT = "    "
+
+
+def identifier(name: str) -> str:
+    """A Python name for an IR name: `d.o` -> `do`, `K'` -> `K_1`."""
+    return re.sub(r"\W", "_", name.replace("d.", "d").replace("'", "_1"))
+
+
+class KernelPrinter:
+    """The text of one kernel. `args` and `constants` are its parameters, in order, for the launcher."""
+
+    def __init__(self, plan: Plan, kernel: Kernel) -> None:
+        self.plan, self.kernel = plan, kernel
+        program = plan.program
+        self.inputs = {v.name: v for v in program.inputs}
+        self.heads = dict(plan.input_heads)
+        self.order = axis_order([a for v in (*program.states, *program.inputs) for a in v.axes])
+        self.blocks: dict[int, Block] = {}
+        self.casts: dict[str, str] = {}
+        self.lines: list[str] = []
+        self.depth = 1
+        self.count = 0
+        self.line_shown = ""
+        self.args: dict[str, Value | str] = {}
+        self.constants: dict[str, int] = {}
+        self.axes_used: dict[str, None] = {}
+        self.loads = {id(load.node): load.value for load in kernel.loads}
+        self.sizes = plan.size_of
+
+    # ---- text
+
+    def write(self, text: str) -> None:
+        self.lines.append(INDENT * self.depth + text)
+
+    def name(self, stem: str) -> str:
+        self.count += 1
+        return f"b_{stem}{self.count}"
+
+    def shape(self, dims: Sequence[str]) -> str:
+        names = {ROW: "C", SOURCE: "C"}
+        return "[" + ", ".join(names.get(d) or "B" + identifier(self.axis(d)) for d in dims) + "]"
+
+    def axis(self, dim: str) -> str:
+        """The declared axis of a dimension (a primed copy shares it)."""
+        return dim.rstrip("'")
+
+    def assign(self, stem: str, text: str, dims: Sequence[str], kind: str = "fp32") -> Block:
+        for d in dims:
+            if d not in (ROW, SOURCE):
+                self.axes_used[self.axis(d)] = None
+        name = self.name(stem)
+        self.write(f"{name} = {text}  # {self.shape(dims)}" if dims else f"{name} = {text}")
+        return Block(name, tuple(dims), kind)  # type: ignore[arg-type]
+
+    def quote(self, node: Node) -> None:
+        """The user's line, once per run of statements that it produced."""
+        if node.loc is not None and str(node.loc) != self.line_shown:
+            self.line_shown = str(node.loc)
+            self.write(f"# {node.loc}  {node.loc.text}".rstrip())
+
+    # ---- addresses
+
+    def masked(self, dim: str) -> bool:
+        axis = self.axis(dim)
+        block = self.kernel.tile_sizes.get(axis, padded(self.sizes[axis]))
+        return self.sizes[axis] % block != 0
+
+    def width(self, axes: Sequence[str]) -> str:
+        return " * ".join("C" if a == SOURCE else identifier(self.axis(a)) for a in axes) or "1"
+
+    def row_block(self, pointer: str, axes: Sequence[str], heads: str, head: str) -> tuple[str, str, tuple[str, ...]]:
+        """Pointers [C, *axes] of the rows of this chunk, the mask, and the dimensions."""
+        width = self.width(axes)
+        for a in axes:
+            if a != SOURCE:
+                self.axes_used[self.axis(a)] = None
+        inner = ([SOURCE] if SOURCE in axes else []) + sorted((a for a in axes if a != SOURCE), key=self.order)
+        dims = (ROW, *inner)
+        rows = spread("o_t", [ROW], dims)
+        terms = [f"{pointer} + (i_t * {heads} + {head}) * ({width})", f"{rows} * ({heads} * {width})"]
+        masks = [spread("m_t", [ROW], dims)]
+        for position, axis in enumerate(axes):
+            rest = " * ".join("C" if a == SOURCE else identifier(self.axis(a)) for a in axes[position + 1 :])
+            index = spread("o_t" if axis == SOURCE else f"o_{identifier(axis)}", [axis], dims)
+            terms.append(f"{index} * ({rest})" if rest else index)
+            if axis != SOURCE and self.masked(axis):
+                masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
+        return " + ".join(terms), " & ".join(masks), dims
+
+    def state_block(self, pointer: str, index: str, axes: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
+        """Pointers [*axes] of one per-chunk, per-sequence or per-head value."""
+        dims = tuple(sorted(axes, key=self.order))
+        terms, masks = [f"{pointer} + {index} * ({self.width(axes)})"], []
+        for position, axis in enumerate(axes):
+            self.axes_used[self.axis(axis)] = None
+            rest = " * ".join(identifier(self.axis(a)) for a in axes[position + 1 :])
+            at = spread(f"o_{identifier(axis)}", [axis], dims)
+            terms.append(f"{at} * ({rest})" if rest else at)
+            if self.masked(axis):
+                masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
+        return " + ".join(terms), " & ".join(masks), dims
+
+    def place(self, value: Value, name: str) -> tuple[str, str, tuple[str, ...]]:
+        if value.per == "row":
+            return self.row_block(name, value.axes, "H", "i_h")
+        index = {
+            "chunk": "(i_slot * H + i_h)",
+            "sequence": "(i_n.to(tl.int64) * H + i_h)",
+            "segment": "((i_n.to(tl.int64) * SEGMENTS + i_s) * H + i_h)",
+            "head": "i_h",
+        }[value.per]
+        return self.state_block(name, index, value.axes)
+
+    def load_text(self, pointers: str, mask: str) -> str:
+        return f"tl.load({pointers}, mask={mask}, other=0.0)" if mask else f"tl.load({pointers})"
+
+    # ---- values
+
+    def load(self, value: Value) -> Block:
+        name = identifier(value.name)
+        self.args[name] = value
+        pointers, mask, dims = self.place(value, name)
+        return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+
+    def input(self, node: Node) -> Block:
+        if node.name == VALID:
+            return Block("m_t", (ROW,), "bool")
+        name = identifier(node.name)
+        self.args[name] = node.name
+        axes = tuple(a for a in node.axes if a != ROW)
+        if ROW not in node.axes:
+            pointers, mask, dims = self.state_block(name, "i_h", axes)
+            return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+        heads, head = "H", "i_h"
+        own = self.heads.get(node.name, self.plan.heads)
+        if own != self.plan.heads:
+            heads, head = f"H_{name}", f"i_h // (H // H_{name})"
+            self.constants[heads] = own
+        pointers, mask, dims = self.row_block(name, axes, heads, head)
+        return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+
+    def fp32(self, block: Block) -> Block:
+        if block.type == "fp32":
+            return block
+        if block.text not in self.casts:
+            name = f"{block.text}_f" if block.text.isidentifier() else self.name("f")
+            self.write(f"{name} = {block.text}.to(tl.float32)")
+            self.casts[block.text] = name
+        return Block(self.casts[block.text], block.dims)
+
+    def dot_type(self, block: Block) -> Block:
+        key = f"{block.text}:dot"
+        if key not in self.casts:
+            name = f"{block.text}_d" if block.text.isidentifier() else self.name("d")
+            self.write(f"{name} = {block.text}.to(DOT)")
+            self.casts[key] = name
+        return Block(self.casts[key], block.dims)
+
+    def value(self, node: Node) -> Block:
+        return self.blocks[id(node)]
+
+    def emit(self, root: Node) -> Block:
+        for node in closure([root], {load.node: load.value for load in self.kernel.loads}):
+            if id(node) not in self.blocks:
+                if id(node) in self.loads:
+                    self.blocks[id(node)] = self.load(self.loads[id(node)])
+                else:
+                    self.quote(node)
+                    self.blocks[id(node)] = self.statement(node)
+        return self.value(root)
+
+    def statement(self, node: Node) -> Block:
+        if node.op == "input":
+            return self.input(node)
+        if node.op == "const":
+            return Block(repr(float(node["value"])), ())  # type: ignore[arg-type]
+        operands = [self.value(a) for a in node.args]
+        if node.op in POINTWISE or node.op == "floor":
+            return self.pointwise(node, operands)
+        if node.op == "rename":
+            return self.rename(node, operands[0])
+        if node.op == "dot":
+            return self.dot(str(node["axis"]), *operands)
+        if node.op in ("sum", "max"):
+            return self.reduce(node, operands[0])
+        if node.op == "delta":
+            a, b = node.axes
+            dims = tuple(sorted(node.axes, key=self.order))
+            left, right = (spread(f"o_{identifier(x)}", [x], dims) for x in (a, b))
+            return self.assign("delta", f"({left} == {right}).to(tl.float32)", dims)
+        assert node.op in CHUNK_OPS, node.op
+        block = self.fp32(operands[0])
+        dims = {"segment": (ROW, SOURCE), "diagonal": (ROW, SOURCE), "diagonal_of": (ROW,)}.get(node.op, block.dims)
+        return self.assign("", chunk_op(node, block), dims)
+
+    def pointwise(self, node: Node, operands: Sequence[Block]) -> Block:
+        dims = tuple(sorted(dict.fromkeys(d for o in operands for d in o.dims), key=self.order))
+        texts = []
+        for position, operand in enumerate(operands):
+            if node.op == "where" and position == 0:
+                if operand.type != "bool":
+                    operand = Block(f"({operand.text} != 0.0)", operand.dims, "bool")
+            else:
+                operand = self.fp32(operand)
+            texts.append(spread(operand.text, operand.dims, dims))
+        kind = "bool" if node.op in COMPARISONS else "fp32"
+        return self.assign("", pointwise(node, texts), dims, kind)
+
+    def rename(self, node: Node, block: Block) -> Block:
+        old, new = str(node["old"]), str(node["new"])
+        dims = tuple(new if d == old else d for d in block.dims)
+        canonical = tuple(sorted(dims, key=self.order))
+        if dims == canonical:
+            return Block(block.text, dims, block.type)
+        assert len(dims) == 2, dims
+        return self.assign("", f"tl.trans({block.text})", canonical, block.type)
+
+    def clean(self, node: Node | None, block: Block, axis: str) -> Block:
+        """`block` with zeros past the end of a padded axis."""
+        if axis in (ROW, SOURCE) or not self.masked(axis):
+            return block
+        mask = spread(f"m_{identifier(axis)}", [axis], block.dims)
+        return self.assign("", f"tl.where({mask}, {block.text}, 0.0)", block.dims, block.type)
+
+    def dot(self, axis: str, a: Block, b: Block) -> Block:
+        a, b = self.clean(None, a, axis), self.clean(None, b, axis)
+        shared = [d for d in a.dims if d in b.dims and d != axis]
+        rest_a = [d for d in a.dims if d != axis]
+        rest_b = [d for d in b.dims if d != axis]
+        if not shared and len(rest_a) == 1 and len(rest_b) == 1:
+            if self.order(rest_a[0]) > self.order(rest_b[0]):
+                a, b, rest_a, rest_b = b, a, rest_b, rest_a
+            a, b = self.dot_type(a), self.dot_type(b)
+            left = a.text if a.dims[1] == axis else f"tl.trans({a.text})"
+            right = b.text if b.dims[0] == axis else f"tl.trans({b.text})"
+            return self.assign("", f"tl.dot({left}, {right}, input_precision=PRECISION)", [*rest_a, *rest_b])
+        dims = tuple(sorted(dict.fromkeys([*a.dims, *b.dims]), key=self.order))
+        x, y = (spread(o.text, o.dims, dims) for o in (self.fp32(a), self.fp32(b)))
+        position = dims.index(axis)
+        return self.assign("", f"tl.sum({x} * {y}, {position})", dims[:position] + dims[position + 1 :])
+
+    def reduce(self, node: Node, block: Block) -> Block:
+        axis = str(node["axis"])
+        block = self.fp32(block)
+        if axis not in block.dims:
+            assert node.op == "max", node
+            return block
+        position = block.dims.index(axis)
+        dims = block.dims[:position] + block.dims[position + 1 :]
+        if node.op == "max" and axis not in (ROW, SOURCE) and self.masked(axis):
+            mask = spread(f"m_{identifier(axis)}", [axis], block.dims)
+            return self.assign("", f'tl.max(tl.where({mask}, {block.text}, -float("inf")), {position})', dims)
+        block = self.clean(None, block, axis) if node.op == "sum" else block
+        return self.assign("", f"tl.{node.op}({block.text}, {position})", dims)
+
+    def store(self, node: Node, value: Value) -> None:
+        block = self.emit(node)
+        name = identifier(value.name)
+        self.args[name] = value
+        pointers, mask, dims = self.place(value, name)
+        text = self.fp32(block).text if block.type == "bool" else block.text
+        if block.dims != dims:
+            text = spread(text, block.dims, dims)
+            zeros = f"tl.zeros({self.shape(dims)}, tl.float32)"
+            text = f"{text} + {zeros}" if dims else text
+        masks = [mask] if mask else []
+        masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+        tail = f", mask={' & '.join(masks)}" if masks else ""
+        cast = f"({text}).to({name}.dtype.element_ty)"
+        self.write(f"tl.store({pointers}, {cast}{tail})")
+
+    # ---- the kernel
+
+    def print(self, function: str) -> list[str]:
+        """Signature, index arithmetic, and the chunk's statements in a loop (or alone, if parallel)."""
+        body = self.print_parallel() if self.kernel.order == "parallel" else self.print_scan()
+        self.lines, self.depth = [], 1
+        self.print_indices()
+        head = self.lines
+        params = [*self.args]
+        params += ["cu_seqlens", "N"] if self.plan.varlen else []
+        constants = self.constant_names()
+        signature = ", ".join(params + ["T"])
+        constexprs = ", ".join(f"{c}: tl.constexpr" for c in constants)
+        skip = ", ".join(f'"{p}"' for p in (["N"] if self.plan.varlen else []) + ["T"])
+        return [
+            f"@triton.jit(do_not_specialize=[{skip}])",
+            f"def {function}(",
+            f"    {signature},",
+            f"    {constexprs},",
+            "):",
+            *head,
+            *body,
+        ]
+
+    def constant_names(self) -> dict[str, int | str]:
+        """Compile-time parameters and their values (types are given by the launcher)."""
+        names: dict[str, int | str] = {"H": self.plan.heads, **self.constants, "C": self.plan.chunk}
+        for axis in self.axes_used:
+            names[identifier(axis)] = self.sizes[axis]
+            names["B" + identifier(axis)] = self.kernel.tile_sizes.get(axis, padded(self.sizes[axis]))
+        return names | {"DOT": "DOT", "PRECISION": "PRECISION", "INVERSE": "INVERSE", "SPLIT": "SPLIT", "EXACT": "EXACT"}
+
+    def print_indices(self) -> None:
+        kernel, varlen = self.kernel, self.plan.varlen
+        self.write("i_p = tl.program_id(0)")
+        for axis in kernel.tile_sizes:
+            a = identifier(axis)
+            self.write(f"i_{a} = i_p % tl.cdiv({a}, B{a})")
+            self.write(f"i_p = i_p // tl.cdiv({a}, B{a})")
+        self.write("i_h = i_p % H")
+        if kernel.order != "parallel":
+            self.write("i_n = i_p // H")
+            self.print_sequence()
+        elif varlen:
+            self.write("i_slot = (i_p // H).to(tl.int64)")
+            self.write("i_n = find_sequence(cu_seqlens, N, i_slot, C)")
+            self.print_sequence()
+            self.write("i_c = (i_slot - bos // C - i_n).to(tl.int32)")
+        else:
+            self.write("n_c = tl.cdiv(T, C)")
+            self.write("i_slot = (i_p // H).to(tl.int64)")
+            self.write("i_n = i_p // H // n_c")
+            self.write("i_c = i_p // H % n_c")
+            self.write("bos = i_n.to(tl.int64) * T")
+        self.write("o_t = tl.arange(0, C)")
+        for axis in self.axes_used:
+            self.print_axis(axis)
+
+    def print_axis(self, axis: str) -> None:
+        a = identifier(axis)
+        start = f"i_{a} * B{a} + " if axis in self.kernel.tile_sizes else ""
+        primes = {d for d in self.primed if self.axis(d) == axis} | {axis}
+        for dim in sorted(primes):
+            d = identifier(dim)
+            self.write(f"o_{d} = {start if dim == axis else ''}tl.arange(0, B{a})")
+            if self.masked(axis):
+                self.write(f"m_{d} = o_{d} < {a}")
+
+    @property
+    def primed(self) -> set[str]:
+        return {d for block in self.blocks.values() for d in block.dims if d.endswith("'")}
+
+    def print_sequence(self) -> None:
+        if not self.plan.varlen:
+            self.write("n_c = tl.cdiv(T, C)")
+            self.write("bos = i_n.to(tl.int64) * T")
+            return
+        self.write("bos = tl.load(cu_seqlens + i_n).to(tl.int64)")
+        self.write("T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)")
+        self.write("n_c = tl.cdiv(T, C)")
+
+    def print_rows(self) -> None:
+        self.write("i_t = bos + i_c * C")
+        self.write("m_t = i_c * C + o_t < T")
+
+    def print_parallel(self) -> list[str]:
+        self.print_rows()
+        for store in self.kernel.stores:
+            self.store(store.node, store.value)
+        return self.lines
+
+    def print_scan(self) -> list[str]:
+        names = [f"b_{identifier(_leaf_name(c.leaf))}" for c in self.kernel.carries]
+        for carry, name in zip(self.kernel.carries, names, strict=True):
+            self.print_start(carry, name)
+        reverse = self.kernel.order == "reverse"
+        self.write("for i_r in range(0, n_c):" if reverse else "for i_c in range(0, n_c):")
+        self.depth += 1
+        if reverse:
+            self.write("i_c = n_c - 1 - i_r")
+        self.print_rows()
+        if any(v.per == "chunk" for v in self.values()):
+            self.write("i_slot = " + ("bos // C + i_n + i_c" if self.plan.varlen else "i_n.to(tl.int64) * n_c + i_c"))
+        leaves = [c.leaf for c in self.kernel.carries]
+        for store in sorted(self.kernel.stores, key=lambda s: s.node not in leaves):
+            self.store(store.node, store.value)
+        after = [self.fp32(self.emit(c.following)) for c in self.kernel.carries]
+        for carry, name, block in zip(self.kernel.carries, names, after, strict=True):
+            self.write(f"{name} = {self.broadcast(block, carry.axes)}")
+        self.depth -= 1
+        self.casts.clear()
+        for carry, name in zip(self.kernel.carries, names, strict=True):
+            if carry.end is not None:
+                self.print_end(carry.end, name, carry.axes)
+        return self.lines
+
+    def values(self) -> Iterable[Value]:
+        return [*(s.value for s in self.kernel.stores), *(load.value for load in self.kernel.loads)]
+
+    def broadcast(self, block: Block, axes: Sequence[str]) -> str:
+        dims = tuple(sorted(axes, key=self.order))
+        if block.dims == dims:
+            return block.text
+        return f"{spread(block.text, block.dims, dims)} + tl.zeros({self.shape(dims)}, tl.float32)"
+
+    def print_start(self, carry, name: str) -> None:  # type: ignore[no-untyped-def]
+        dims = tuple(sorted(carry.axes, key=self.order))
+        for d in dims:
+            self.axes_used[self.axis(d)] = None
+        if carry.start is None:
+            self.write(f"{name} = tl.zeros({self.shape(dims)}, tl.float32)" if dims else f"{name} = 0.0")
+        else:
+            argument = identifier(carry.start.name)
+            self.args[argument] = carry.start
+            pointers, mask, _ = self.place(carry.start, argument)
+            self.write(f"{name} = {self.load_text(pointers, mask)}.to(tl.float32)  # {self.shape(dims)}")
+        self.blocks[id(carry.leaf)] = Block(name, dims)
+
+    def print_end(self, value: Value, name: str, axes: Sequence[str]) -> None:
+        argument = identifier(value.name)
+        self.args[argument] = value
+        pointers, mask, dims = self.place(value, argument)
+        masks = [mask] if mask else []
+        masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+        tail = f", mask={' & '.join(masks)}" if masks else ""
+        self.write(f"tl.store({pointers}, {name}{tail})")
+
+
+def _leaf_name(node: Node) -> str:
+    return node.name
+
+
+def function_name(plan: Plan, kernel: Kernel) -> str:
+    return f"{identifier(plan.program.name)}_{plan.direction}_{kernel.name}"
+
+
+def print_module(plan: Plan, header: Sequence[str]) -> tuple[str, dict[str, KernelPrinter]]:
+    """The module's text, and per kernel the printer that knows its parameters."""
+    printers: dict[str, KernelPrinter] = {}
+    functions: list[str] = []
+    for kernel in plan.kernels:
+        printer = KernelPrinter(plan, kernel)
+        functions += ["", "", *printer.print(function_name(plan, kernel))]
+        printers[kernel.name] = printer
+    body = "\n".join(functions)
+    used = [f for f in DEVICE_FUNCTIONS if re.search(rf"(?<![\w.]){f}\(", body)]
+    imports = ["import triton", "import triton.language as tl"]
+    if used:
+        imports += ["", f"from lmoe_compiler.codegen.device import {', '.join(used)}"]
+    text = "\n".join(['"""', *header, '"""', "", *imports]) + body + "\n"
+    return text, printers
