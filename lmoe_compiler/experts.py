@@ -1,16 +1,17 @@
 """A sparse expert block as one marked op, and the grouped matmul below it.
 
 In: tokens [N, D], their k chosen experts and weights, one 3-D weight per projection. Out: [N, D].
-`lmoe::experts` is the mark that passes look for: one node in Dynamo's graph. It is composite, so eager and
-AOTAutograd see `swiglu_experts` without anybody's help, and an expert-parallel pass splices another function.
-Below it four ops, closed under differentiation (each backward is written with the same four):
+`lmoe::experts` is the mark that passes look for: one node in Dynamo's graph. It is composite, so
+eager and AOTAutograd see `swiglu_experts` without anybody's help, and an expert-parallel pass
+splices another function. Below it four ops, closed under differentiation:
 
-    dispatch            rows of tokens in order of their expert            its gradient is collect
-    collect             rows back to tokens, k summed in a fixed order     its gradient is dispatch
-    grouped_mm          a[rows of e] @ b[e]                                its gradients are grouped_mm, grouped_mm_weight
-    grouped_mm_weight   a[rows of e]^T @ d[rows of e], per e
+    op                  computes                                     backward is made of
+    dispatch            rows of tokens in order of their expert      collect
+    collect             rows back to tokens, k summed in order       dispatch
+    grouped_mm          a[rows of e] @ b[e]                          grouped_mm, grouped_mm_weight
+    grouped_mm_weight   a[rows of e]^T @ d[rows of e], per e         grouped_mm
 
-Nothing here reads a value on the host on the fast path: shapes do not depend on the routing (dropless).
+The fast path reads no value on the host: shapes do not depend on the routing (dropless).
 Notation: N tokens, k experts per token, M = N k rows, E experts, D hidden size, F expert size.
 """
 
@@ -44,13 +45,13 @@ def _native(*operands: Tensor) -> bool:
 
 
 def _major(x: Tensor) -> Tensor:
-    """A tensor whose last two axes are dense in one order or the other, which is what torch's kernel reads."""
+    """Last two axes dense in one order or the other, which is what torch's kernel reads."""
     return x if x.is_contiguous() or x.transpose(-1, -2).is_contiguous() else x.contiguous()
 
 
 @torch.library.custom_op("lmoe::grouped_mm", mutates_args=())
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Each group of rows of `a` [M, K] times its own matrix of `b` [E, K, N]; offsets [E] are the groups' ends."""
+    """Each group of rows of a [M, K] times its own b[e], b [E, K, N]; offsets [E]: groups' ends."""
     if _native(a, b, b.transpose(-1, -2)):
         return torch._grouped_mm(_major(a), _major(b), offs=offsets).contiguous()
     out = a.new_zeros(a.shape[0], b.shape[-1])
@@ -61,7 +62,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("lmoe::grouped_mm_weight", mutates_args=())
 def grouped_mm_weight(a: Tensor, d: Tensor, offsets: Tensor) -> Tensor:
-    """Per group e, a[rows of e]^T @ d[rows of e]: a [M, K], d [M, N] -> [E, K, N]. An empty group gives zeros."""
+    """Per group a[rows of e]^T @ d[rows of e], a [M, K], d [M, N] -> [E, K, N]; 0 if empty."""
     if _native(a, d):
         return torch._grouped_mm(_major(a).t(), _major(d), offs=offsets).contiguous()
     out = a.new_zeros(offsets.shape[0], a.shape[1], d.shape[1])
@@ -72,13 +73,13 @@ def grouped_mm_weight(a: Tensor, d: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("lmoe::dispatch", mutates_args=())
 def dispatch(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """Row i of the result is x[order[i] // k]: tokens [N, D] copied to rows [N k, D], sorted by expert."""
+    """Row i is x[order[i] // k]: tokens [N, D] copied to rows [N k, D], sorted by expert."""
     return x.index_select(0, order // k)
 
 
 @torch.library.custom_op("lmoe::collect", mutates_args=())
 def collect(y: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """Sum each token's k rows [N k, D] -> [N, D], always in the order of its choices (no atomics)."""
+    """Sum each token's k rows, [N k, D] -> [N, D], in the order of its choices (no atomics)."""
     return y.index_select(0, inverse).view(-1, k, y.shape[-1]).sum(1)
 
 
@@ -177,7 +178,7 @@ def _grouped_mm_weight_flops(
 
 
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [N, k] -> order [N k] (rows by expert, ties by token), its inverse, and the groups' ends [E] int32."""
+    """ids [N, k] -> order [N k] (by expert, ties by token), its inverse, groups' ends [E] int32."""
     by_expert, order = ids.reshape(-1).sort(stable=True)
     inverse = torch.empty_like(order).scatter_(
         0, order, torch.arange(order.shape[0], device=order.device)
@@ -191,7 +192,8 @@ def swiglu_experts(
 ) -> Tensor:
     """out[n] = sum_j weights[n, j] * down[e] (silu(gate[e] x[n]) * up[e] x[n]) with e = ids[n, j].
 
-    x [N, D], weights and ids [N, k], gate_up [E, 2F, D] (gate rows first), down [E, D, F] -> [N, D] in x's dtype.
+    x [N, D], weights and ids [N, k], gate_up [E, 2F, D] (gate rows first), down [E, D, F];
+    the result is [N, D] in x's dtype.
     """
     k = ids.shape[-1]
     order, inverse, offsets = sort_by_expert(ids, gate_up.shape[0])

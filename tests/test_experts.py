@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from lmoe_compiler import experts
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from lmoe_compiler import experts
 
 E, D, FF = 4, 16, 8
 
@@ -66,7 +67,7 @@ def test_equals_the_loop_with_all_gradients(routing, dtype):
     exact = run(loop, [t.double() for t in tensors], ids)
     floor = run(loop, tensors, ids)
     for ours_one, exact_one, floor_one in zip(ours, exact, floor, strict=True):
-        # float64 loop on the same rounded inputs; the same loop in this dtype says what rounding alone costs
+        # the same loop in this dtype says what rounding alone costs
         assert relative(ours_one, exact_one) <= max(
             1.5 * relative(floor_one, exact_one), 8 * torch.finfo(dtype).eps
         )
