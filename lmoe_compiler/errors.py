@@ -140,3 +140,30 @@ class NoSpanMap(LmoeError, NotImplementedError):
 
 class PassFailed(LmoeError, RuntimeError):
     """A graph pass raised or left a graph that does not hold together."""
+
+
+# -- models and training ------------------------------------------------------------------------
+
+
+class InvalidModel(LmoeError, ValueError):
+    """A model's configuration contradicts itself: sizes, layer pattern, experts, mixers."""
+
+
+class InvalidTraining(LmoeError, ValueError):
+    """A training option has an unknown name or an impossible value."""
+
+
+class InvalidData(LmoeError, ValueError):
+    """Training text, a tokenizer or a prompt is missing, empty, unreadable or too short."""
+
+
+class DamagedCheckpoint(LmoeError, RuntimeError):
+    """A checkpoint is missing a file or its bytes are not those that were written."""
+
+
+class ArchitectureMismatch(LmoeError, ValueError):
+    """`--resume` with a model that differs from the checkpoint's."""
+
+
+class NonFiniteLoss(LmoeError, ArithmeticError):
+    """The loss or a gradient became NaN or infinite; training stopped before using it."""

@@ -1,0 +1,99 @@
+"""A sparse mixture of SwiGLU experts: a top-k softmax router, its losses and loads, an optional
+shared expert.
+
+Dropless: every chosen (token, expert) pair is computed. The experts are one op, `lmoe::experts`; no
+communication here (the expert-parallel pass inserts it).
+Notation: B batch, T tokens, N = B T, D hidden size, E experts, k chosen, F expert size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lmoe_compiler.models.config import ModelConfig
+from torch import Tensor, nn
+
+from lmoe_compiler import experts as _experts  # registers lmoe::experts
+
+__all__ = ["Routing", "SparseMoE", "SwiGLU", "route"]
+assert _experts
+
+
+class Routing(NamedTuple):
+    """Where the tokens go, and what that costs. Everything is an output of the graph: no host
+    read.
+    """
+
+    weights: Tensor  # [N, k]
+    ids: Tensor  # [N, k] int64
+    aux_loss: Tensor  # scalar, 1 when balanced
+    z_loss: Tensor  # scalar
+    load: Tensor  # [E] tokens per expert, float32
+
+
+def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
+    """Softmax over all experts, then the k largest; logits [N, E] in float32.
+
+    aux_loss = E sum_e f_e P_e, f_e the share of choices and P_e the mean probability of expert e
+    (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6); z_loss = mean logsumexp^2 (Zoph et al. 2022,
+    arXiv 2202.08906, eq. 5).
+    """
+    probabilities = logits.softmax(dim=-1)
+    weights, ids = probabilities.topk(top_k, dim=-1)
+    if renormalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    load = F.one_hot(ids, logits.shape[-1]).sum(dim=(0, 1)).float()
+    share = load / max(1, ids.numel())
+    aux_loss = logits.shape[-1] * (share * probabilities.mean(dim=0)).sum()
+    z_loss = logits.logsumexp(dim=-1).square().mean()
+    return Routing(weights, ids, aux_loss, z_loss, load)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): a dense MLP, or the expert that every token visits."""
+
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        y: Tensor = self.down_proj(F.silu(gate) * up)
+        return y
+
+
+class SparseMoE(nn.Module):
+    """x [B, T, D] -> [B, T, D] and the routing. Experts are gate_up [E, 2F, D] and down [E, D,
+    F].
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.renormalise = config.top_k, config.renormalise
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate_up = nn.Parameter(
+            torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size)
+        )
+        self.down = nn.Parameter(
+            torch.empty(config.num_experts, config.hidden_size, config.expert_size)
+        )
+        self.shared = (
+            SwiGLU(config.hidden_size, config.shared_expert_size)
+            if config.shared_expert_size
+            else None
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        rows = x.flatten(0, -2)
+        # The router stays in float32: a rounded logit changes who is chosen.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(rows.float(), self.router.weight.float())
+        routing = route(logits, self.top_k, self.renormalise)
+        y = torch.ops.lmoe.experts(rows, routing.weights, routing.ids, self.gate_up, self.down)
+        y = y.view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, routing
