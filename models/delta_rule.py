@@ -21,12 +21,11 @@ def delta_rule(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], beta: Toke
 
 
 @recurrence
-def gated_delta_rule(
-    S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token, beta: Token
-):
+def gated_delta_rule(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token, beta: Token):
     """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, eq. 10): forget, then correct.
 
-    S <- exp(g) S;  S <- S + beta k (v - S' k)';  o = S' q.   g, beta [B, T, H]; g <= 0 is a log decay
+    S <- exp(g) S;  S <- S + beta k (v - S' k)';  o = S' q.
+    g, beta [B, T, H]; g <= 0 is a log decay
     """
     S = g.exp() * S
     S = S + torch.outer(k, beta * (v - S.T @ k))
@@ -35,7 +34,7 @@ def gated_delta_rule(
 
 @recurrence
 def kda(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token[K], beta: Token):
-    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692, eq. 1): a decay for every key channel.
+    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692, eq. 1): a decay per key channel.
 
     S <- diag(exp(g)) S;  S <- S + beta k (v - S' k)';  o = S' q.   g [B, T, H, K], beta [B, T, H]
     """

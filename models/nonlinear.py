@@ -1,6 +1,6 @@
-"""Recurrences that are nonlinear in their state: they run token by token, with a checkpointed backward.
+"""Recurrences that are nonlinear in their state. Stop 1 of the walk.
 
-Stop 1 of the walk.
+They run token by token, with a checkpointed backward.
 """
 
 import torch
@@ -16,10 +16,11 @@ def slstm(
     z: Token[V], i: Token[V], f: Token[V], o: Token[V],
     Rz: Head[V, V], Ri: Head[V, V], Rf: Head[V, V], Ro: Head[V, V],
 ):  # fmt: skip
-    """sLSTM of xLSTM (Beck et al. 2024, arXiv 2405.04517, eq. 8-18), exponential gates, stabilised by m.
+    """sLSTM of xLSTM (Beck et al. 2024, arXiv 2405.04517, eq. 8-18), kept in range by m.
 
-    m' = max(log sigmoid(f) + m, i);  c <- exp(log sigmoid(f) + m - m') c + exp(i - m') tanh(z);  n likewise
-    with 1 for tanh(z);  h <- sigmoid(o) c / n;  each of z, i, f, o first gains R h.   z, i, f, o [B, T, H, V]
+    z, i, f, o += R h;  f <- log sigmoid(f) + m;  m <- max(f, i);
+    c <- exp(f - m) c + exp(i - m) tanh(z);  n <- exp(f - m) n + exp(i - m);  h <- sigmoid(o) c / n.
+    z, i, f, o [B, T, H, V]; R [H, V, V]
     """
     i, f = i + Ri @ h, F.logsigmoid(f + Rf @ h) + m
     m = torch.maximum(f, i)

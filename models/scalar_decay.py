@@ -13,7 +13,7 @@ from lmoe_compiler.dims import K, V
 
 @recurrence
 def linear_attention(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
-    """Linear attention with identity features (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 18-20).
+    """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 18-20), identity features.
 
     S <- S + k v';  o = S' q.   q, k [B, T, H, K], v [B, T, H, V] -> o [B, T, H, V]
     """
@@ -22,10 +22,8 @@ def linear_attention(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
 
 
 @recurrence
-def normalised_linear_attention(
-    S: State[K, V], z: State[K], q: Token[K], k: Token[K], v: Token[V]
-):
-    """Linear attention with features phi(x) = elu(x) + 1 and their sum z (arXiv 2006.16236, eq. 7, 18-20).
+def normalised_linear_attention(S: State[K, V], z: State[K], q: Token[K], k: Token[K], v: Token[V]):
+    """Linear attention with phi(x) = elu(x) + 1 and normaliser z (arXiv 2006.16236, eq. 7, 18-20).
 
     S <- S + phi(k) v';  z <- z + phi(k);  o = S' phi(q) / (z . phi(q)).   States S [K, V], z [K]
     """
@@ -47,7 +45,7 @@ def retention(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], gamma: Head
 
 @recurrence
 def simple_gla(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token):
-    """Linear attention with one data-dependent decay per token (Yang et al. 2024, arXiv 2312.06635, section 4.2).
+    """Linear attention with one learned decay per token (Yang et al. 2024, arXiv 2312.06635, 4.2).
 
     S <- exp(g) S + k v';  o = S' q.   g [B, T, H], log decay <= 0
     """
@@ -57,11 +55,19 @@ def simple_gla(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token):
 
 @recurrence
 def mamba2(
-    S: State[K, V], q: Token[K], k: Token[K], v: Token[V], dt: Token, A_log: Head, dt_bias: Head, D: Head
+    S: State[K, V],
+    q: Token[K],
+    k: Token[K],
+    v: Token[V],
+    dt: Token,
+    A_log: Head,
+    dt_bias: Head,
+    D: Head,
 ):
     """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, eq. 1 and section 7): q is C, k is B and v is x.
 
-    dt <- softplus(dt + dt_bias);  S <- exp(-exp(A_log) dt) S + dt k v';  o = S' q + D v.   dt [B, T, H]
+    dt <- softplus(dt + dt_bias);  S <- exp(-exp(A_log) dt) S + dt k v';  o = S' q + D v.
+    dt [B, T, H]; A_log, dt_bias, D [H]
     """
     dt = F.softplus(dt + dt_bias)
     S = torch.exp(-A_log.exp() * dt) * S + torch.outer(k, dt * v)

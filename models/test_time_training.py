@@ -1,7 +1,7 @@
 """Recurrences whose state is a model that each token trains by one gradient step.
 
-The gradient is written with `torch.func.grad`; where the analysis proves it linear in the state, the
-recurrence gets the delta rule's kernels. Stop 1 of the walk.
+The gradient is written with `torch.func.grad`; where the analysis proves it linear in the state,
+the recurrence gets the delta rule's kernels. Stop 1 of the walk.
 """
 
 import torch
@@ -12,7 +12,7 @@ from lmoe_compiler.dims import K, V
 
 @recurrence
 def ttt_linear(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], eta: Token):
-    """TTT-linear with mini-batch 1 and no layer norm (Sun et al. 2024, arXiv 2407.04620, eq. 1, 4-6).
+    """TTT-linear, mini-batch 1, no layer norm (Sun et al. 2024, arXiv 2407.04620, eq. 1, 4-6).
 
     S <- S - eta dL/dS, L(S) = |S' k - v|^2 / 2;  o = S' q.   eta [B, T, H], the inner learning rate
     """

@@ -1,4 +1,4 @@
-"""The table of variants: one row each. Every test runs over it, so a new variant adds a row and no test code.
+"""The table of variants: a row each. Every test runs over it; a new variant adds no test code.
 
 A row gives what the inputs look like in a trained model (gates are not Gaussian), what the analysis
 must prove, and which independent implementations there are.
@@ -13,10 +13,9 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from lmoe_compiler.definition import Recurrence
 from lmoe_compiler.models import RECURRENCES
+from torch import Tensor
 
 Maker = Callable[[Tensor], Tensor]
 
@@ -45,7 +44,7 @@ def small(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """`gates`: how a named input is made from Gaussian noise; inputs without an entry are the noise itself."""
+    """`gates`: how a named input is made from Gaussian noise; without an entry it is the noise."""
 
     name: str
     kind: str
@@ -114,7 +113,7 @@ CASES = (
 def make_inputs(
     case: Case, sizes: Sizes = Sizes(), dtype: torch.dtype = torch.float64
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Inputs by name and initial states. A name has its own noise, which depends on nothing else."""
+    """Inputs by name and initial states; the noise of a name depends on nothing else."""
 
     def noise(name: str, shape: tuple[int, ...]) -> Tensor:
         seed = torch.Generator().manual_seed(zlib.crc32(f"{case.name}.{name}".encode()))
@@ -133,9 +132,9 @@ def make_inputs(
     }
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     states = [
-        case.states.get(var.name, same)(
-            noise(var.name, sizes.of("B", "H", *var.axes))
-        ).to(state_dtype)
+        case.states.get(var.name, same)(noise(var.name, sizes.of("B", "H", *var.axes))).to(
+            state_dtype
+        )
         for var in program.states
     ]
     return inputs, states

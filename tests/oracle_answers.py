@@ -1,6 +1,6 @@
-"""Answers of the independent implementations, computed once per test session for all variants together.
+"""Answers of the independent implementations, computed once per test session for all variants.
 
-fla and transformers live in .oracles (the Makefile installs them) and run in processes of their own.
+fla and transformers live in .oracles (`make .oracles/ready`) and run in processes of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def request(case: Case) -> tuple[dict[str, Tensor], list[Tensor], Tensor, list[T
 
 
 def from_library(library: str, folder: Path) -> dict[str, Answer]:
-    """What `library` answers for every variant that names it, from one subprocess shared by all workers."""
+    """What `library` answers for each variant that names it: one subprocess for all workers."""
     installed = ROOT / ".oracles" / library
     assert installed.is_dir(), f"{installed} is missing: run `make .oracles/ready`"
     requests, answers = folder / f"{library}.requests", folder / f"{library}.answers"

@@ -1,14 +1,14 @@
-"""Independent float64 NumPy forms, with gradients by central differences: no autograd, no torch in the forward.
+"""Independent float64 NumPy forms, with gradients by central differences: no torch, no autograd.
 
-For the variants no library has (sLSTM), and TTT and RWKV-7 a second time, as products of explicit transition
-matrices. Signatures as in tests/oracle_fla.py, on NumPy arrays.
+For the variants no library has (sLSTM), and TTT and RWKV-7 a second time, as products of explicit
+transition matrices. Signatures as in tests/oracle_fla.py, on NumPy arrays.
 """
 
 import numpy as np
 
 
 def _scan(inputs, S, transition):
-    """S_t = A_t S_{t-1} + k_t v_t', o_t = q_t' S_t, with A_t a K x K matrix built from the inputs at t."""
+    """S_t = A_t S_{t-1} + write_t v_t', o_t = q_t' S_t, with A_t a K x K matrix."""
     outputs = []
     for t in range(inputs["q"].shape[1]):
         now = {name: x[:, t] for name, x in inputs.items()}
@@ -39,7 +39,7 @@ def rwkv7(q, k, v, g, kappa, a, states):
 
 
 def slstm(z, i, f, o, Rz, Ri, Rf, Ro, states):
-    """Without the stabiliser: c and n in true scale (eq. 8-14), rescaled by exp(m) at either end."""
+    """Without the stabiliser: c and n in true scale (eq. 8-14), rescaled by exp(m) at the ends."""
     c, n, m, h = states
     c, n = c * np.exp(m), n * np.exp(m)
     outputs = []
@@ -57,7 +57,7 @@ def slstm(z, i, f, o, Rz, Ri, Rf, Ro, states):
 
 
 def gradients(function, inputs, states, d_output, d_states, step=1e-6):
-    """Gradients of <o, d_output> + <final states, d_states> to every entry of every input and initial state."""
+    """Gradients of <o, d_output> + <final states, d_states> to all entries of inputs and states."""
     inputs = {name: x.copy() for name, x in inputs.items()}
     states = [x.copy() for x in states]
 

@@ -1,6 +1,6 @@
 """transformers' torch code paths, for the variants it has. Runs only under tests/run_oracles.py.
 
-Signatures as in tests/oracle_fla.py; these are the chunked forms, so their algebra differs from ours and fla's.
+Signatures as in tests/oracle_fla.py. These are the chunked forms: their algebra is not fla's.
 """
 
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention

@@ -1,4 +1,4 @@
-"""`python run_oracles.py fla REQUESTS ANSWERS`: one library's outputs and gradients for every requested variant.
+"""`run_oracles.py fla REQUESTS ANSWERS`: one library's outputs and gradients for many variants.
 
 A process of its own, because fla and transformers must not be importable together or beside us. The
 requests map a variant's name to (inputs by name, initial states, d_output, d_states); an answer is
@@ -15,7 +15,7 @@ import torch
 
 @contextmanager
 def float32_means_float64():
-    """The libraries cast to float32 by name. Here that name means float64, so they agree to ten digits."""
+    """The libraries cast to float32 by name. Here that name means float64: ten digits agree."""
     double = torch.float64
     torch.set_default_dtype(double)
     with (
@@ -32,7 +32,9 @@ def answer(function, inputs, states, d_output, d_states):
     output, finals = function(
         **{name: x * 1 for name, x in inputs.items()}, states=[x * 1 for x in states]
     )
-    grads = torch.autograd.grad([output, *finals], [*inputs.values(), *states], [d_output, *d_states])
+    grads = torch.autograd.grad(
+        [output, *finals], [*inputs.values(), *states], [d_output, *d_states]
+    )
     of_inputs = dict(zip(inputs, grads, strict=False))
     return output.detach(), [x.detach() for x in finals], of_inputs, list(grads[len(inputs) :])
 

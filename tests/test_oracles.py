@@ -1,4 +1,4 @@
-"""Every recurrence against implementations that share nothing with us: outputs, final states, all gradients."""
+"""Every recurrence against independent implementations: outputs, final states, all gradients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 from cases import CASES, Case
 from oracle_answers import from_library, from_numpy, request
 
-# fla adds 1e-10 to normalisers and transformers masks with -inf, all in float64; central differences
-# with step 1e-6 are good to about 1e-9 of values of order one.
+# All in float64. Central differences with step 1e-6 are good to about 1e-8 for values of order one.
 CLOSE = {
     "fla": {"rtol": 1e-10, "atol": 1e-11},
     "transformers": {"rtol": 1e-10, "atol": 1e-11},
