@@ -1,4 +1,4 @@
-"""One call of a recurrence with everything that can be compared: output, final states, all gradients."""
+"""One call of a recurrence with all that can be compared: output, final states, all gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Result:
-    """`input_grads` by name and `state_grads`: of <output, w0> + <final states, w1..>, w fixed noise."""
+    """The gradients are of <output, w0> + <final states, w1..> with w fixed noise."""
 
     output: Tensor
     finals: list[Tensor]

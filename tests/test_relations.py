@@ -168,7 +168,7 @@ def test_later_tokens_change_nothing_before_them(case):
 
 @every_case
 def test_grouped_heads_equal_repeated_ones(case):
-    """An input of fewer heads is read by groups of consecutive heads, and gets the groups' gradients."""
+    """An input of fewer heads is read by groups of heads, and gets the sum of their gradients."""
     inputs, states = make_inputs(case, Sizes(H=4))
     names = [name for name in inputs if name in tokens(case)]
     few = dict(inputs)
