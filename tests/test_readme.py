@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import CASES
+
+from lmoe_compiler.config import Environment
+from lmoe_compiler.errors import InvalidOption
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,3 +46,33 @@ def test_shell_blocks_name_real_commands(block):
     assert set(re.findall(r"^make (\w+)", block, re.MULTILINE)) <= targets
     for path in re.findall(r"\bpython (\S+\.py)", block):
         assert (ROOT / path).exists(), path
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its two header lines."""
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_table_of_recurrences_is_what_the_analysis_proves():
+    """The kind is asked of the analysis, the form of the kind, the oracles of the tests' table."""
+    table = [[row[0].split("]")[0].strip("["), *row[2:]] for row in rows("Recurrences")]
+    proved = [
+        [
+            case.name,
+            case.recurrence.transition.kind,
+            "token by token" if case.recurrence.transition.kind == "nonlinear" else "chunked",
+            ", ".join(case.oracles),
+        ]
+        for case in CASES
+    ]
+    assert table == proved
+
+
+def test_table_of_variables_is_complete():
+    """Each variable of the table is known, and no other is."""
+    documented = [row[0].strip("`") for row in rows("Environment variables")]
+    with pytest.raises(InvalidOption) as unknown:
+        Environment.read({"LMOE_NO_SUCH_VARIABLE": "1"})
+    assert sorted(documented) == re.findall(r"LMOE_\w+", unknown.value.why)
