@@ -59,7 +59,10 @@ def sources() -> Iterator[tuple[str, Path]]:
 
 
 def imports(tree: ast.AST, *, late: bool = False) -> Iterator[str]:
-    """Absolute names of imported modules; with `late`, only those imported inside functions."""
+    """Absolute names of what is imported at run time; with `late`, only inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     for scope in functions if late else [tree]:
         for node in ast.walk(scope):
