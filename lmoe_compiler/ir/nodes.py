@@ -31,7 +31,7 @@ with two more axes: `t`, the rows of one chunk, and `s`, the same rows seen as a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,7 +77,9 @@ class Node:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", _axes(self))
-        object.__setattr__(self, "_key", hash((self.op, self.attrs, tuple(a._key for a in self.args))))
+        object.__setattr__(
+            self, "_key", hash((self.op, self.attrs, tuple(a._key for a in self.args)))
+        )
 
     def __hash__(self) -> int:
         return self._key
@@ -267,3 +269,68 @@ class Program:
     output: Node
     bounds: tuple[Bound, ...] = ()
     static: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        """The text of ir/text.py (which imports this module)."""
+        from lmoe_compiler.ir.text import print_program
+
+        return print_program(self)
+
+    @property
+    def transition(self) -> Transition:
+        """How the states move, read off the body's structure (never off names, never stored)."""
+        kinds = tuple((var.name, _state_kind(self, var)) for var in self.states)
+        return Transition(kinds)
+
+
+# The rows of DESIGN section 3, best first.
+KINDS = (
+    "identity",
+    "scalar",
+    "diagonal",
+    "rank_one",
+    "product",
+    "coupled",
+    "elementwise",
+    "nonlinear",
+)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The kind of every state; the recurrence's own is the lowest row among them."""
+
+    states: tuple[tuple[str, str], ...]
+
+    @property
+    def kind(self) -> str:
+        return max((kind for _, kind in self.states), key=KINDS.index)
+
+
+def _state_kind(program: Program, state: Var) -> str:
+    for item in program.body:
+        if isinstance(item, Next) and state.name in item.states:
+            return item.kind
+    steps = [s for s in program.body if isinstance(s, Step) and s.state == state.name]
+    feedbacks = sum(len(step.feedbacks) for step in steps)
+    decayed = {decay.factor.axes for step in steps for decay in step.decays}
+    if feedbacks:
+        return "rank_one" if feedbacks == 1 and len(steps) == 1 else "product"
+    if len({axis for axes in decayed for axis in axes}) > 1 or (
+        len(state.axes) == 1 and any(decayed)
+    ):
+        return "elementwise"
+    if any(decayed):
+        return "diagonal"
+    return "scalar" if decayed else "identity"
+
+
+def substitute(root: Node, values: Mapping[Node, Node]) -> Node:
+    """`root` with nodes replaced; what replaces a node is not looked into."""
+    done: dict[Node, Node] = dict(values)
+    for node in topological([root]):
+        if node not in done:
+            args = tuple(done[a] for a in node.args)
+            same = all(a is b for a, b in zip(args, node.args, strict=True))
+            done[node] = node if same else Node(node.op, args, node.attrs, node.loc)
+    return done[root]
