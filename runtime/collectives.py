@@ -1,0 +1,77 @@
+"""Functional collectives as compiled graphs have them, under one name in torch 2.11 to 2.13.
+
+A start and its wait are separate calls, so whatever stands between them in a graph runs while data moves. The ops
+carry autograd (all-gather and reduce-scatter, all-to-all and itself). Operands are made contiguous here: the
+collectives need it. Groups are names, which are text in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops._c10d_functional
+
+
+def wait(x: Tensor) -> Tensor:
+    """The result of a started collective."""
+    return _ops.wait_tensor(x)
+
+
+def start_all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """x [n, ...] of every rank -> [size * n, ...], in flight."""
+    return _ops.all_gather_into_tensor(x.contiguous(), size, group)
+
+
+def start_all_to_all(x: Tensor, out: Sequence[Any], in_: Sequence[Any], group: str) -> Tensor:
+    """Rows of x, in_[j] of them to rank j; gives out[j] rows of each rank j, in flight."""
+    return _ops.all_to_all_single(x.contiguous(), list(out), list(in_), group)
+
+
+def start_even_all_to_all(x: Tensor, size: int, group: str) -> Tensor:
+    """Rows of x [size * n, ...], n to each rank, in flight."""
+    share = x.shape[0] // size
+    return start_all_to_all(x, [share] * size, [share] * size, group)
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """Sum over ranks (its derivative is the sum over ranks too)."""
+    return wait(_ops.all_reduce(x.contiguous(), "sum", group))
+
+
+class _GlobalSum(torch.autograd.Function):
+    """Sum over ranks of a value that all of them then use alike: one loss, not one for each rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity on a replicated parameter; its gradient is summed over the ranks that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_reduce(grad, ctx.group), None
+
+
+def global_sum(x: Tensor, group: str) -> Tensor:
+    """Forward: sum over ranks. Backward: identity, since every rank holds the same derivative of the one result."""
+    return _GlobalSum.apply(x, group)  # type: ignore[no-any-return]
+
+
+def sum_gradient(x: Tensor, group: str) -> Tensor:
+    """Forward: identity. Backward: sum over ranks."""
+    return _SumGradient.apply(x, group)  # type: ignore[no-any-return]
