@@ -13,9 +13,10 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from lmoe_compiler.definition import Recurrence
 from lmoe_compiler.models import RECURRENCES
-from torch import Tensor
 
 Maker = Callable[[Tensor], Tensor]
 

@@ -22,12 +22,17 @@ SIZES = Sizes(B=1, T=19, H=2, K=4, V=3)
 Answer = tuple[Tensor, list[Tensor], dict[str, Tensor], list[Tensor]]
 
 
-def request(case: Case) -> tuple[dict[str, Tensor], list[Tensor], Tensor, list[Tensor]]:
-    """Inputs by name, initial states, and cotangents of the output and the final states."""
-    inputs, states = make_inputs(case, SIZES)
-    value_axes = inputs["v"] if "v" in inputs else next(iter(inputs.values()))
-    d_output, *d_states = weights_like(value_axes, *states)
-    return inputs, states, d_output, d_states
+def request(case: Case) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Inputs by name and initial states."""
+    return make_inputs(case, SIZES)
+
+
+def cotangents(case: Case) -> tuple[Tensor, list[Tensor]]:
+    """The weights of tests/differentiated.py, for the output and the final states."""
+    inputs, states = request(case)
+    like_output = inputs["v"] if "v" in inputs else next(iter(inputs.values()))
+    d_output, *d_states = weights_like(like_output, *states)
+    return d_output, d_states
 
 
 def from_library(library: str, folder: Path) -> dict[str, Answer]:
@@ -38,7 +43,11 @@ def from_library(library: str, folder: Path) -> dict[str, Answer]:
     with open(folder / f"{library}.lock", "w") as lock:
         flock(lock, LOCK_EX)
         if not answers.exists():
-            asked = {case.name: request(case) for case in CASES if library in case.oracles}
+            asked = {
+                case.name: (*request(case), *cotangents(case))
+                for case in CASES
+                if library in case.oracles
+            }
             torch.save(asked, requests)
             subprocess.run(
                 [sys.executable, ROOT / "tests" / "run_oracles.py", library, requests, answers],
@@ -49,7 +58,8 @@ def from_library(library: str, folder: Path) -> dict[str, Answer]:
 
 
 def from_numpy(case: Case) -> Answer:
-    inputs, states, d_output, d_states = request(case)
+    inputs, states = request(case)
+    d_output, d_states = cotangents(case)
     arrays = {name: x.numpy() for name, x in inputs.items()}
     starts, d_o, d_s = [x.numpy() for x in states], d_output.numpy(), [x.numpy() for x in d_states]
     function = getattr(oracle_numpy, case.name)
