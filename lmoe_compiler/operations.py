@@ -450,6 +450,10 @@ def ne(ctx: Context, x: Named, y: Named) -> Named:
     return logical_not(ctx, pointwise(ctx, "eq", x, y))
 
 
+def expm1(ctx: Context, x: Named) -> Named:
+    return Named(ctx.make("sub", ctx.make("exp", x.node), ctx.const(1)), x.axes)
+
+
 def _plain(op: str) -> Callable[..., Named]:
     return lambda ctx, *operands: pointwise(ctx, op, *operands)
 
@@ -477,5 +481,5 @@ RULES: dict[str, Callable[..., Any]] = {
     "logsumexp": logsumexp, "native_layer_norm": layer_norm, "addr": addr, "eye": eye,
     "diag_embed": diag_embed, "diagonal": diagonal, "diagonal_copy": diagonal,
     "full": fill(), "full_like": fill(), "new_full": fill(), "scalar_tensor": fill(),
-    "where": where, "masked_fill": masked_fill, "ne": ne,
+    "expm1": expm1, "where": where, "masked_fill": masked_fill, "ne": ne,
 }  # fmt: skip

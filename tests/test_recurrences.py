@@ -1,4 +1,4 @@
-"""The definitions in models/: short, documented, and special cases of one another as they should be."""
+"""The definitions in models/: short, documented, and special cases of one another."""
 
 from __future__ import annotations
 
