@@ -53,8 +53,10 @@ def differentiated(
     starts = [x.detach().requires_grad_() for x in states]
     output, finals = scan(call, leaves, starts, **options)
     everything = [*leaves.values(), *starts]
+    pairs = zip([output, *finals], weights_like(output, *finals), strict=True)
+    reached = [(x, weight) for x, weight in pairs if x.requires_grad]
     grads = torch.autograd.grad(
-        [output, *finals], everything, weights_like(output, *finals), allow_unused=True
+        [x for x, _ in reached], everything, [w for _, w in reached], allow_unused=True
     )
     # An unused input (T = 0, or a state that nothing reads) has gradient zero, however it is said.
     grads = [

@@ -25,11 +25,15 @@ LAYERS = (
     ("errors",),
     ("config", "dims"),
     ("ir",),
+    ("operations", "side_effects"),
     ("trace", "analysis"),
     ("lower",),
     ("codegen",),
     ("runtime",),
+    ("layout",),
+    ("checks", "transforms", "implementation"),
     ("library", "experts"),
+    ("call",),
     ("definition",),
     ("passes",),
     ("backend", "debug", "report"),
@@ -172,6 +176,8 @@ def test_late_imports_are_the_optional_libraries():
         for name, path in sources()
         for imported in imports(ast.parse(path.read_text()), late=True)
         if imported.partition(".")[0] not in LAZY
+        # Within one package, a late import may close a circle (a node's text is in ir/text.py).
+        and imported.split(".")[:2] != name.split(".")[:2]
     ]
     assert not wrong
 

@@ -66,7 +66,7 @@ def every_key(g: Tensor, q: Tensor) -> Tensor:
     return g[..., None].expand(q.shape)
 
 
-# (special, general, inputs of the general from the special's, what the special adds to the output)
+# (special, general, the general's inputs from the special's)
 SPECIAL_CASES = {
     "retention is simple_gla": (
         "retention",
@@ -93,11 +93,6 @@ SPECIAL_CASES = {
         "gated_delta_rule",
         "kda",
         lambda q, k, v, g, beta: (q, k, v, every_key(g, q), beta),
-    ),
-    "delta_rule is rwkv7": (
-        "delta_rule",
-        "rwkv7",
-        lambda q, k, v, beta: (q, k * beta[..., None], v, 0 * k, k, every_key(beta, q)),
     ),
     "ttt_linear is delta_rule": ("ttt_linear", "delta_rule", lambda *inputs: inputs),
 }

@@ -13,9 +13,12 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+from lmoe_compiler.config import environment
+
 
 def kernel_folder() -> Path:
-    return Path(os.environ.get("LMOE_KERNEL_DIR") or Path.home() / ".cache" / "lmoe")
+    chosen = environment()
+    return chosen.kernel_dir or chosen.cache_dir
 
 
 def module_path(variant: str, text: str) -> Path:
