@@ -1,1 +1,3 @@
-"""Training on text: data, loop, checkpoints, display. Needs the `train` extra; `lmoe train` starts here."""
+"""Training on text: data, loop, checkpoints, display. Needs the `train` extra; `lmoe train`
+starts here.
+"""

@@ -1,8 +1,8 @@
 """What a model must beat: byte n-gram models fitted on the same training text, and zlib.
 
-Witten-Bell interpolation (Witten and Bell 1991): with history h, its count c(h) and the number d(h) of
-different bytes seen after it,  p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)).
-The shortest history interpolates with the uniform distribution over 256 bytes.
+Witten-Bell interpolation (Witten and Bell 1991): with history h, its count c(h) and the number
+d(h) of different bytes seen after it,  p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) +
+d(h)). The shortest history interpolates with the uniform distribution over 256 bytes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Checkpoints that are either whole or not there: a folder is written under another name, then renamed.
+"""Checkpoints that are either whole or not there: a folder is written under another name, then
+renamed.
 
     step-00000120/manifest.json   sizes, SHA-256, configuration, measurements: readable
     step-00000120/state.pt        model, optimiser, progress (torch.save)
 
-Every file and folder is synced to disk before the rename, so a kill or a power cut at any moment leaves
-the previous checkpoint as the newest.
+Every file and folder is synced to disk before the rename, so a kill or a power cut at any moment
+leaves the previous checkpoint as the newest.
 """
 
 from __future__ import annotations

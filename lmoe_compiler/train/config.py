@@ -58,6 +58,8 @@ class TrainConfig:
     clip: float = 1.0
 
     dtype: str = "fp32"
+    # auto, cpu or cuda
+    device: str = "auto"
     # inner compiler below our backend; none trains the module as it stands
     compiler: str = "inductor"
     # evaluations on held-out text, with a checkpoint each, spread over the run
@@ -77,7 +79,8 @@ class TrainConfig:
                     why=f"it is one of {', '.join(known)}",
                     try_=f"--{name} {known[0]}",
                 )
-        for name in "sequence_length batch_size accumulate evaluations evaluation_tokens keep".split():
+        counts = ("sequence_length", "batch_size", "accumulate", "evaluations", "evaluation_tokens")
+        for name in (*counts, "keep"):
             if getattr(self, name) < 1:
                 raise InvalidTraining(f"{name}={getattr(self, name)} is not positive")
         if not 0 < self.held_out < 1:
@@ -186,8 +189,11 @@ def _names(owner: Any) -> set[str]:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain values, as `override` and TOML have them."""
-    return dataclasses.asdict(config)
+    """Plain values, as `override` and TOML have them; a mixer that is an object becomes its text."""
+    model = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
+    model["mixers"] = {letter: str(mixer) for letter, mixer in config.model.mixers.items()}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()} | {"model": model}
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:

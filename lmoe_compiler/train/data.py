@@ -1,8 +1,9 @@
 """From text on this machine to memory-mapped tokens, split by file into training and held-out text.
 
-In: files, folders and globs (or nothing: the Python standard library's sources). Out: a `Corpus` in a
-folder named by the hash of everything that went into it, so the work is done once.
-A document ends with the end-of-document token; for bytes that is byte 0, which text does not contain.
+In: files, folders and globs (or nothing: the Python standard library's sources). Out: a `Corpus`
+in a folder named by the hash of everything that went into it, so the work is done once. A
+document ends with the end-of-document token; for bytes that is byte 0, which text does not
+contain.
 """
 
 from __future__ import annotations
@@ -95,8 +96,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if not p.relative_to(path).as_posix().startswith("."))
-            matches = [p for p in inside if p.is_file()]
+            matches = [p for p in path.rglob("*") if p.is_file() and not _hidden(p, path)]
         elif path.exists():
             matches = [path]
         else:
@@ -111,8 +111,13 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
 def read_documents(files: Iterable[Path], named: bool) -> tuple[list[tuple[str, bytes]], int]:
-    """(hash, text) of every different text, and how many files were left out because they are not text.
+    """(hash, text) of every different text, and how many files were left out because they are not
+    text.
 
     `named`: the user chose these files, so one that cannot be read is an error.
     """
@@ -195,7 +200,9 @@ class Corpus:
         starts = np.random.default_rng(list(seed)).integers(0, len(tokens) - length, size=rows)
         return _shifted(np.stack([tokens[s : s + length + 1] for s in starts]))
 
-    def windows(self, split: str, length: int, stride: int, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def windows(
+        self, split: str, length: int, stride: int, limit: int
+    ) -> Iterable[tuple[Tensor, Tensor]]:
         """Windows of the first `limit` tokens of a split, in order, every `stride` tokens."""
         tokens = self.tokens(split)[: limit + 1]
         for start in range(0, len(tokens) - length, stride):
@@ -230,9 +237,9 @@ def prepare(
     for split in ("train", "held_out"):
         if corpus.facts[f"{split}_tokens"] <= at_least:
             raise InvalidData(
-                f"{split} text has {corpus.facts[f'{split}_tokens']} tokens, a window {at_least + 1}",
+                f"the {split} text has only {corpus.facts[f'{split}_tokens']} tokens",
                 where="--data",
-                why="training and evaluation read windows of sequence_length + 1 tokens",
+                why=f"training and evaluation read windows of {at_least + 1} tokens",
                 try_="--sequence-length 64, or more text",
             )
     return corpus
@@ -253,7 +260,8 @@ def _write(
             (unfinished / f"{split}.text").write_bytes(text)
             facts[f"{split}_bytes"] = facts[f"{split}_tokens"] = len(text)
             if isinstance(tokenizer, JsonTokenizer):
-                facts[f"{split}_tokens"] = _tokenise(unfinished / f"{split}.tokens", texts, tokenizer)
+                path = unfinished / f"{split}.tokens"
+                facts[f"{split}_tokens"] = _tokenise(path, texts, tokenizer)
         (unfinished / "facts.json").write_text(json.dumps(facts))
         os.rename(unfinished, folder)
     except OSError:

@@ -1,0 +1,267 @@
+"""The training loop: batches in, steps, evaluations, checkpoints, and at the end a picture and a
+sample.
+
+Everything random is a function of (seed, step), so a resumed run continues with bitwise the same
+losses on CPU. A run is measured in `progress`, 0 to 1: steps of `steps`, or seconds of `minutes`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmoe_compiler.models.linear_moe import CausalLMOutput, LinearMoEForCausalLM
+from lmoe_compiler.train import checkpoint, diagnose
+from lmoe_compiler.train.config import TrainConfig, to_dict
+from lmoe_compiler.train.data import Corpus
+from lmoe_compiler.train.display import Display, Evaluation, Step
+from lmoe_compiler.train.logs import Logs
+
+CompiledModel = Any
+
+
+@dataclass
+class Clock:
+    """How far a run is: what a checkpoint keeps beside weights and optimiser."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluations: int = 0
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Linear warm-up, then a cosine down to `final_rate` of the peak."""
+    if progress < config.warmup:
+        # Never 0: the first step of a run must not be lost.
+        return config.learning_rate * max(progress / config.warmup, 0.01)
+    phase = (progress - config.warmup) / (1 - config.warmup)
+    share = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * phase))
+    return config.learning_rate * share
+
+
+def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; only matrices decay, not norms, gates and embeddings."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decayed = [p for n, p in trained.items() if p.ndim >= 2 and "embed" not in n]
+    chosen = {id(p) for p in decayed}
+    others = [p for p in trained.values() if id(p) not in chosen]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+    )
+
+
+class Trainer:
+    """One model, its optimiser and the run's folder."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LinearMoEForCausalLM,
+        compiled: CompiledModel,
+        corpus: Corpus,
+        display: Display,
+    ) -> None:
+        self.config, self.model, self.compiled = config, model, compiled
+        self.corpus, self.display = corpus, display
+        self.optimiser = make_optimiser(model, config)
+        self.clock = Clock()
+        self.run = Path(config.out)
+        self.device = model.embed.weight.device
+        self._speed = 0.0
+        self._compile_seconds = 0.0
+
+    # -- one run ---------------------------------------------------------------------------------
+
+    def train(self) -> float:
+        """Train to the end; the final held-out bits per byte."""
+        checkpoint.remove_unfinished(self.run)
+        logs = Logs(self.run, self.clock.step)
+        try:
+            self._compile()
+            while self.progress < 1:
+                self._step(logs)
+                due = int(self.progress * self.config.evaluations)
+                if due > self.clock.evaluations and self.progress < 1:
+                    self.clock.evaluations = due
+                    self._evaluate(logs, self.config.evaluation_tokens, overlap=False)
+                    self.save()
+            bits = self._evaluate(logs, self.config.final_tokens, overlap=True)
+            self.save()
+        except KeyboardInterrupt:
+            folder = self.save()
+            self.display.say(f"stopped; lmoe train --resume {folder.parent} continues")
+            raise
+        finally:
+            logs.close()
+        return bits
+
+    @property
+    def progress(self) -> float:
+        if self.config.steps:
+            return min(1.0, self.clock.step / self.config.steps)
+        budget = max(1.0, 60 * self.config.minutes - self._compile_seconds)
+        return min(1.0, self.clock.seconds / budget)
+
+    def _compile(self) -> None:
+        """A backward pass that is thrown away, so that compiling is not part of the schedule."""
+        begin = time.monotonic()
+        self._loss(*self._batch(0)).loss.backward()
+        self.optimiser.zero_grad()
+        self._compile_seconds = time.monotonic() - begin
+
+    def _step(self, logs: Logs) -> None:
+        begin = time.monotonic()
+        rate = learning_rate(self.config, self.progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        loss, load = self._gradients()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not torch.isfinite(norm):
+            where = diagnose.first_non_finite_gradient(self.model)
+            self._stop(f"the gradient's norm is {float(norm)}", where)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        config, clock = self.config, self.clock
+        tokens = config.accumulate * config.batch_size * config.sequence_length
+        seconds = time.monotonic() - begin
+        clock.step, clock.tokens, clock.seconds = (
+            clock.step + 1,
+            clock.tokens + tokens,
+            clock.seconds + seconds,
+        )
+        speed = tokens / seconds
+        self._speed = 0.95 * self._speed + 0.05 * speed if self._speed else speed
+        step = Step(
+            step=clock.step,
+            progress=self.progress,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=float(norm),
+            tokens=clock.tokens,
+            tokens_per_second=self._speed,
+            seconds=clock.seconds,
+            load=(load / load.sum(-1, keepdim=True)).tolist(),
+        )
+        logs.step(step)
+        self.display.step(step)
+
+    def _gradients(self) -> tuple[float, Tensor]:
+        """Accumulated gradients of one step; its mean cross entropy and experts' loads."""
+        total, loads = 0.0, []
+        for micro in range(self.config.accumulate):
+            batch = self._batch(micro)
+            output = self._loss(*batch)
+            assert output.loss is not None
+            assert output.cross_entropy is not None
+            if not torch.isfinite(output.loss):
+                where = diagnose.first_non_finite(self.model, *batch)
+                self._stop(f"the loss is {float(output.loss.detach())}", where)
+            (output.loss / self.config.accumulate).backward()
+            total += float(output.cross_entropy.detach()) / self.config.accumulate
+            loads.append(output.expert_load)
+        return total, torch.stack(loads).sum(0)
+
+    def _batch(self, micro: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        seed = (config.seed, self.clock.step, micro)
+        inputs, labels = self.corpus.batch(config.batch_size, config.sequence_length, seed)
+        return inputs.to(self.device), labels.to(self.device)
+
+    def _loss(self, inputs: Tensor, labels: Tensor) -> CausalLMOutput:
+        with self._precision():
+            output: CausalLMOutput = self.compiled(inputs, labels)
+        return output
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.dtype == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _stop(self, what: str, where: str) -> None:
+        saved = checkpoint.checkpoints(self.run)
+        raise diagnose.non_finite(what, self.clock.step + 1, where, str(saved[-1]) if saved else "")
+
+    # -- held-out text ---------------------------------------------------------------------------
+
+    def _evaluate(self, logs: Logs, limit: int, overlap: bool) -> float:
+        begin = time.monotonic()
+        bits = self.bits_per_byte(limit, overlap)
+        self.clock.seconds += time.monotonic() - begin
+        clock = self.clock
+        evaluation = Evaluation(clock.step, clock.tokens, clock.seconds, bits)
+        logs.evaluation(evaluation)
+        self.display.evaluation(evaluation)
+        return bits
+
+    @torch.no_grad()
+    def bits_per_byte(self, limit: int, overlap: bool) -> float:
+        """Of the first `limit` held-out tokens. `overlap`: a token has at least half a window
+        before it.
+        """
+        length = self.config.sequence_length
+        stride = length // 2 if overlap else length
+        nats, count, first = 0.0, 0, True
+        for inputs, labels in self._held_out_batches(length, stride, limit):
+            with self._precision():
+                logits = self.model(inputs).logits.float()
+            each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            nats += float(each[:, length - stride :].double().sum())
+            count += each[:, length - stride :].numel()
+            if first and overlap:
+                nats += float(each[0, : length - stride].double().sum())
+                count += length - stride
+            first = False
+        return nats / count / math.log(2) / self.corpus.bytes_per_token("held_out")
+
+    def _held_out_batches(
+        self, length: int, stride: int, limit: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        rows: list[tuple[Tensor, Tensor]] = []
+        for window in self.corpus.windows("held_out", length, stride, limit):
+            rows.append(window)
+            if len(rows) == self.config.batch_size:
+                yield self._stack(rows)
+                rows = []
+        if rows:
+            yield self._stack(rows)
+
+    def _stack(self, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        inputs, labels = zip(*rows, strict=True)
+        return torch.stack(inputs).to(self.device), torch.stack(labels).to(self.device)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "clock": vars(self.clock),
+        }
+        facts = {"config": to_dict(self.config), "corpus": self.corpus.key}
+        return checkpoint.save(self.run, self.clock.step, state, facts, self.config.keep)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.clock = Clock(**state["clock"])
+
+
+def compile_model(model: nn.Module, compiler: str) -> CompiledModel:
+    """The model through our torch.compile backend, with the inner compiler that was chosen."""
+    if compiler == "none":
+        return model
+    return torch.compile(model, backend="lmoe", fullgraph=True, options={"inner": compiler})

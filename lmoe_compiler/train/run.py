@@ -1,0 +1,194 @@
+"""`lmoe train`: flags to a configuration, a run from nothing or from a checkpoint, and what it
+leaves behind.
+
+    config.toml       the configuration, as `--config` reads it
+    metrics.jsonl     every step and evaluation; tensorboard/ has the same
+    step-00001234/    checkpoints
+    curves.png  sample.txt  result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmoe_compiler.config import environment
+from lmoe_compiler.errors import ArchitectureMismatch, InvalidTraining
+from lmoe_compiler.models.generation import stream
+from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
+from lmoe_compiler.train import checkpoint
+from lmoe_compiler.train.baselines import baselines
+from lmoe_compiler.train.config import (
+    TrainConfig,
+    add_flags,
+    from_dict,
+    from_flags,
+    to_dict,
+    to_toml,
+)
+from lmoe_compiler.train.data import Corpus, prepare
+from lmoe_compiler.train.display import make_display, result_table
+from lmoe_compiler.train.loop import Trainer, compile_model
+from lmoe_compiler.train.plot import draw, read_metrics
+
+_PROMPT_BYTES = 64
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lmoe train",
+        description="Train a Linear-MoE language model on text, compiled through our backend.",
+        epilog="Without --data it reads the Python standard library's sources. "
+        'Example: lmoe train --data "books/**/*.txt" --minutes 30',
+    )
+    add_flags(parser)
+    arguments = parser.parse_args(argv)
+    if not arguments.resume:
+        config = from_flags(TrainConfig(), arguments)
+        return train(dataclasses.replace(config, out=str(fresh_folder(Path(config.out)))))
+    folder = checkpoint.newest(Path(arguments.resume))
+    state, manifest = checkpoint.load(folder)
+    saved = from_dict(manifest["config"])
+    config = dataclasses.replace(from_flags(saved, arguments), out=str(folder.parent))
+    check_same_architecture(saved, config, folder)
+    return train(config, state)
+
+
+def fresh_folder(out: Path) -> Path:
+    """`out`, or `out-2` and so on when it holds a run already: no run is written over."""
+    candidate, number = out, 1
+    while candidate.exists() and any(candidate.iterdir()):
+        number += 1
+        candidate = out.with_name(f"{out.name}-{number}")
+    return candidate
+
+
+def check_same_architecture(saved: TrainConfig, config: TrainConfig, folder: Path) -> None:
+    """A checkpoint's weights fit one model: every difference is listed."""
+    before, now = to_dict(saved)["model"], to_dict(config)["model"]
+    before["tokenizer"], now["tokenizer"] = saved.tokenizer, config.tokenizer
+    different = [name for name in before if before[name] != now[name]]
+    if different:
+        raise ArchitectureMismatch(
+            f"{folder} holds another model",
+            where="\n".join(
+                f"{name}: checkpoint {before[name]!r}, asked for {now[name]!r}"
+                for name in different
+            ),
+            why="a checkpoint's weights fit the model that wrote it",
+            try_=f"lmoe train --resume {folder.parent}  # without options of the model",
+        )
+
+
+def train(config: TrainConfig, state: dict[str, Any] | None = None) -> int:
+    """One whole run in `config.out`; continues when there is a `state`."""
+    # Equal runs must have equal losses, bit for bit; what torch cannot promise, it only warns of.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    begin = time.monotonic()
+    run = Path(config.out)
+    corpus = prepare(
+        config.data, config.tokenizer, config.held_out,
+        environment().cache_dir.expanduser() / "text", config.sequence_length,
+    )  # fmt: skip
+    model_config = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model_config)
+    torch.manual_seed(config.seed)
+    model = LinearMoEForCausalLM(model_config).to(pick_device(config.device))
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(to_toml(to_dict(config)))
+    beaten = fitted_baselines(corpus, config.final_tokens)
+    print(introduction(config, model, corpus), flush=True)
+    display = make_display(beaten)
+    trainer = Trainer(config, model, compile_model(model, config.compiler), corpus, display)
+    if state is not None:
+        trainer.restore(state)
+        display.say(f"resumed at step {trainer.clock.step}")
+    try:
+        bits = trainer.train()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        display.close()
+    sample = write_sample(trainer, corpus)
+    draw_runs(config, beaten)
+    name = f"{config.model.layer_pattern} {config.model.mixers['L']}"
+    result = {"bits_per_byte": bits, "baselines": beaten, **vars(trainer.clock)}
+    (run / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"\n{sample}\n\n{result_table(name, bits, beaten)}")
+    print(
+        f"\n{time.monotonic() - begin:.0f} s in all; {run} has curves.png, sample.txt, checkpoints"
+    )
+    print(f"more text: lmoe generate {run} --prompt 'def '")
+    return 0
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InvalidTraining(
+            f"device={name!r} does not exist", why="auto, cpu or cuda", try_="--device auto"
+        ) from error
+
+
+def introduction(config: TrainConfig, model: LinearMoEForCausalLM, corpus: Corpus) -> str:
+    """What is trained on what, before it starts."""
+    total = sum(p.numel() for p in model.parameters())
+    sparse = sum(p.numel() for n, p in model.named_parameters() if n.endswith(("gate_up", "down")))
+    m = config.model
+    active = total - sparse + (sparse * m.top_k // m.num_experts if m.num_experts else 0)
+    layers = " ".join(str(m.mixers[letter]) for letter in m.letters)
+    facts = corpus.facts
+    length = f"{config.steps} steps" if config.steps else f"{config.minutes:g} minutes"
+    return "\n".join(
+        [
+            f"model   {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active; {layers}",
+            f"        {m.num_experts} experts, {m.top_k} a token, "
+            f"shared expert {m.shared_expert_size or 'none'}",
+            f"text    {facts['files']:,} files, {facts['train_bytes'] / 1e6:.1f} MB to train on, "
+            f"{facts['held_out_bytes'] / 1e6:.1f} MB held out",
+            f"run     {length}, {config.accumulate * config.batch_size} x {config.sequence_length} "
+            f"tokens a step, {config.dtype}, compiler {config.compiler}, in {config.out}",
+        ]
+    )
+
+
+def fitted_baselines(corpus: Corpus, limit: int) -> dict[str, float]:
+    """The baselines on the text that the last evaluation reads; kept beside the corpus."""
+    kept = corpus.folder / f"baselines-{limit}.json"
+    if kept.exists():
+        result: dict[str, float] = json.loads(kept.read_text())
+        return result
+    held_out = corpus.text("held_out")[: round(limit * corpus.bytes_per_token("held_out"))]
+    result = baselines(corpus.text("train"), held_out)
+    kept.write_text(json.dumps(result))
+    return result
+
+
+def write_sample(trainer: Trainer, corpus: Corpus) -> str:
+    """The model's continuation of the first held-out text."""
+    prompt = bytes(corpus.text("held_out")[:_PROMPT_BYTES])
+    tokens = corpus.tokenizer.encode(prompt)
+    model, config = trainer.model.eval(), trainer.config
+    new = [
+        int(token[0])
+        for token in stream(model, [tokens], config.sample_tokens, temperature=0.7, top_p=0.95)
+    ]
+    text = corpus.tokenizer.decode([*tokens, *new])
+    (trainer.run / "sample.txt").write_text(text)
+    return "\n".join(["a sample", *(f"  | {line}" for line in text.splitlines())])
+
+
+def draw_runs(config: TrainConfig, beaten: dict[str, float]) -> None:
+    runs = {Path(run).name: read_metrics(Path(run)) for run in (config.out, *config.compare)}
+    draw(runs, beaten, Path(config.out) / "curves.png")
