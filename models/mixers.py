@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmoe_compiler.errors import InvalidModel
 from lmoe_compiler.models import (
     delta_rule,
     diagonal_decay,
@@ -26,9 +29,6 @@ from lmoe_compiler.models import (
 )
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.short_convolution import last_tokens, short_conv
-from torch import Tensor, nn
-
-from lmoe_compiler.errors import InvalidModel
 
 Function = Callable[[Tensor], Tensor]
 assert short_conv  # registers lmoe::short_conv
@@ -244,14 +244,14 @@ def mixer_spec(mixer: str | MixerSpec | Any) -> MixerSpec:
                 try_='mixers={"L": "gated_delta_rule", "N": "attention"}',
             )
         return MIXERS[mixer]
-    unclear = [v.name for v in mixer.ir.inputs if v.kind == "head" or not v.axes]
+    unclear = [v.name for v in mixer.inputs if v.kind == "head" or not v.axes]
     if unclear:
         raise InvalidModel(
-            f"nothing says how to make {', '.join(unclear)} of recurrence {mixer.ir.name}",
+            f"nothing says how to make {', '.join(unclear)} of recurrence {mixer.name}",
             why="vector inputs are projections of the tokens; the others must be declared",
             try_=f'MixerSpec(recurrence, {{"{unclear[0]}": Projected((torch.sigmoid,)), ...}})',
         )
-    return MixerSpec(mixer, {v.name: _PLAIN for v in mixer.ir.inputs})
+    return MixerSpec(mixer, {v.name: _PLAIN for v in mixer.inputs})
 
 
 # -- the layer -----------------------------------------------------------------------------------
@@ -397,10 +397,10 @@ def _input_shapes(config: ModelConfig, spec: MixerSpec) -> dict[str, tuple[int, 
     """(H, *axes) of every input; a mismatch between the table and the recurrence is the user's
     error.
     """
-    variables = {v.name: v for v in spec.recurrence.ir.inputs}
+    variables = {v.name: v for v in spec.recurrence.inputs}
     if set(variables) != set(spec.inputs):
         raise InvalidModel(
-            f"recurrence {spec.recurrence.ir.name} takes {', '.join(variables)}",
+            f"recurrence {spec.recurrence.name} takes {', '.join(variables)}",
             why=f"its MixerSpec makes {', '.join(spec.inputs)}",
             try_="one Projected or Learned for each input of the recurrence",
         )

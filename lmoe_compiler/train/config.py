@@ -189,7 +189,7 @@ def _names(owner: Any) -> set[str]:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain values, as `override` and TOML have them; a mixer that is an object becomes its text."""
+    """Plain values, as `override` and TOML have them; a mixer object becomes its text."""
     model = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
     model["mixers"] = {letter: str(mixer) for letter, mixer in config.model.mixers.items()}
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
