@@ -63,44 +63,45 @@ def masked_sums(mask, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def exclusive_prefix(x, C: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of earlier rows. Exact: no difference of sums."""
-    if not EXACT:
-        return tl.cumsum(x, 0) - x
+def exclusive_prefix(x, C: tl.constexpr):
+    """Sums of earlier rows, without a difference of sums."""
     t = tl.arange(0, C)
     before = t[:, None] > t[None, :]
     if len(x.shape) == 1:
-        return tl.sum(tl.where(before, x[None, :], 0.0), 1)
-    return tl.dot(before.to(tl.float32), x, input_precision="ieee")
+        sums = tl.sum(tl.where(before, x[None, :], 0.0), 1)
+    else:
+        sums = tl.dot(before.to(tl.float32), x, input_precision="tf32x3")
+    return sums
 
 
 @triton.jit
-def exclusive_suffix(x, C: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of later rows. Exact: no difference of sums."""
-    if not EXACT:
-        return tl.cumsum(x, 0, reverse=True) - x
+def exclusive_suffix(x, C: tl.constexpr):
+    """Sums of later rows, without a difference of sums."""
     t = tl.arange(0, C)
     after = t[:, None] < t[None, :]
     if len(x.shape) == 1:
-        return tl.sum(tl.where(after, x[None, :], 0.0), 1)
-    return tl.dot(after.to(tl.float32), x, input_precision="ieee")
+        sums = tl.sum(tl.where(after, x[None, :], 0.0), 1)
+    else:
+        sums = tl.dot(after.to(tl.float32), x, input_precision="tf32x3")
+    return sums
 
 
 @triton.jit
-def segment_sums(g, EXCLUSIVE: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
-    """[C, C]: sum of g over rows in (s, t] (or (s, t)) where s < t, else 0. g [C] is floored, so differences are finite."""
+def segment_sums(g, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
+    """[C, C]: sum of g over rows in (s, t] (or (s, t)) where s < t, else 0, without a difference of sums."""
     t = tl.arange(0, C)
     later = t[:, None] > t[None, :]
-    if EXACT:
-        sums = tl.cumsum(tl.where(later, g[:, None], 0.0), 0)
-        if EXCLUSIVE:
-            sums = sums - tl.where(later, g[:, None], 0.0)
-    else:
-        total = tl.cumsum(g, 0)
-        sums = total[:, None] - total[None, :]
-        if EXCLUSIVE:
-            sums = sums - g[:, None]
+    sums = tl.cumsum(tl.where(later, g[:, None], 0.0), 0)
+    if EXCLUSIVE:
+        sums = sums - g[:, None]
     return tl.where(later, sums, 0.0)
+
+
+@triton.jit
+def between(total, C: tl.constexpr):
+    """[C, C]: total_t - total_s where s < t, else 0."""
+    t = tl.arange(0, C)
+    return tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], 0.0)
 
 
 @triton.jit

@@ -91,7 +91,6 @@ def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
         "PRECISION": "ieee" if interpreting() else "tf32" if half else "tf32x3",
         "INVERSE": "ieee" if interpreting() else "tf32" if half else "tf32x3",
         "SPLIT": half and not interpreting(),
-        "EXACT": not half,
     }
     return {name: settings[name] if isinstance(value, str) else value for name, value in names.items()}
 

@@ -47,6 +47,11 @@ class Call:
     has_initial: bool = False
     has_final_gradient: tuple[bool, ...] = ()
 
+    @property
+    def exact(self) -> bool:
+        """Whether sums over rows must keep every digit of fp32."""
+        return self.dtype == "fp32"
+
 
 def closure(roots: Iterable[Node], cut: Mapping[Node, Value] | None = None) -> list[Node]:
     """Nodes needed for `roots`, operands first, not looking below values that can be loaded."""
@@ -156,7 +161,7 @@ def _initial(var: Var, present: bool) -> Value | None:
 def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     """prepare (if chosen, or if there is a solve) and one fused scan."""
     program = chunk.program
-    output, *following = to_tiles([chunk.output, *chunk.next_states], choice.chunk, dict(call.sizes))
+    output, *following = to_tiles([chunk.output, *chunk.next_states], choice.chunk, dict(call.sizes), call.exact)
     nodes = closure([output, *following])
     part = Partition(program, choice, call)
     if choice.prepare:
@@ -186,7 +191,7 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     forward, program = adjoint.forward, adjoint.forward.program
     count = len(program.inputs)
     roots = to_tiles(
-        [*adjoint.input_grads, *adjoint.state_grads, *forward.next_states], choice.chunk, dict(call.sizes)
+        [*adjoint.input_grads, *adjoint.state_grads, *forward.next_states], choice.chunk, dict(call.sizes), call.exact
     )
     grads, before, after = roots[:count], roots[count : count + len(program.states)], roots[-len(program.states) :]
     nodes = closure(roots)
@@ -232,15 +237,33 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     if choice.fused:
         part.add("gradients", "reverse", backward, outputs)
         return part.plan("backward")
+    early = [s for s in outputs if _fits_scan(s, backward, {**part.stored}, depends, states)]
     exits = [
         Store(c.leaf, Value(f"d{var.name}_exit", var.axes, "chunk"))
         for var, c in zip(program.states, backward, strict=True)
         if c.leaf in needed
     ]
     results = [n for n in solves if depends[n] & adjoints]
-    part.add("adjoint", "reverse", backward, [*exits, *_results(results, "dy")])
-    part.add("gradients", "parallel", (), outputs)
+    part.add("adjoint", "reverse", backward, [*exits, *_results(results, "dy"), *early])
+    part.add("gradients", "parallel", (), [s for s in outputs if s not in early])
     return part.plan("backward")
+
+
+def _fits_scan(
+    store: Store,
+    carries: Sequence[Carry],
+    stored: Mapping[Node, Value],
+    depends: Mapping[Node, frozenset[str]],
+    states: frozenset[str],
+) -> bool:
+    """Whether the adjoint scan can write this gradient: no forward state, and tiled as the carried values are."""
+    if depends[store.node] & states:
+        return False
+    axes = [carry.axes[-1] for carry in carries]
+    scan = closure([carry.following for carry in carries], stored)
+    tiles = tileable(scan, axes)
+    own = tileable(closure([store.node], stored), tiles)
+    return bool(own) and own == tiles and all(axis in store.value.axes for axis in own)
 
 
 def _is_solve(node: Node) -> bool:

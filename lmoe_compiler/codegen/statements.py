@@ -24,9 +24,13 @@ class Block:
     type: Type = "fp32"
 
 
-def axis_order(axes: Sequence[str]) -> Callable[[str], tuple[int, str]]:
-    """Sort key of dimensions: t, s, then `axes` in order (primed copies after their originals)."""
-    rank = {axis: i + 2 for i, axis in enumerate(dict.fromkeys(axes))} | {ROW: 0, SOURCE: 1}
+def axis_order(axes: Sequence[str], first: Sequence[str] = ()) -> Callable[[str], tuple[int, str]]:
+    """Sort key of dimensions: `first`, t, s, then `axes` in order (primed copies after their originals).
+
+    A scan puts its tiled axis first: on Hopper the left operand of a product may stay in registers, so the
+    carried state and what is multiplied with it never pass through shared memory.
+    """
+    rank = {axis: i for i, axis in enumerate(dict.fromkeys([*first, ROW, SOURCE, *axes]))}
 
     def key(axis: str) -> tuple[int, str]:
         return rank.get(axis.rstrip("'"), 99), axis
@@ -74,11 +78,13 @@ def chunk_op(node: Node, operand: Block) -> str:
     """Operations over the rows of a chunk, of one fp32 block."""
     x = operand.text
     if node.op == "prefix":
-        return f"tl.cumsum({x}, 0)" if node["inclusive"] else f"exclusive_prefix({x}, C, EXACT)"
+        return f"tl.cumsum({x}, 0)" if node["inclusive"] else f"exclusive_prefix({x}, C)"
     if node.op == "suffix":
-        return f"tl.cumsum({x}, 0, reverse=True)" if node["inclusive"] else f"exclusive_suffix({x}, C, EXACT)"
+        return f"tl.cumsum({x}, 0, reverse=True)" if node["inclusive"] else f"exclusive_suffix({x}, C)"
     if node.op == "segment":
-        return f"segment_sums({x}, {bool(node['exclusive'])}, C, EXACT)"
+        return f"segment_sums({x}, {bool(node['exclusive'])}, C)"
+    if node.op == "between":
+        return f"between({x}, C)"
     if node.op == "causal":
         relation = ">" if node["strict"] else ">="
         return f"tl.where(o_t[:, None] {relation} o_t[None, :], {x}, 0.0)"
@@ -95,9 +101,9 @@ def chunk_op(node: Node, operand: Block) -> str:
 
 
 CHUNK_OPS = frozenset(
-    "prefix suffix segment causal inverse pairs diagonal diagonal_of half_sums half_gather".split()
+    "prefix suffix segment between causal inverse pairs diagonal diagonal_of half_sums half_gather".split()
 )
 DEVICE_FUNCTIONS = (
-    "log1p softplus logsigmoid tanh sign isfinite power exclusive_prefix exclusive_suffix segment_sums "
+    "log1p softplus logsigmoid tanh sign isfinite power exclusive_prefix exclusive_suffix segment_sums between "
     "half_sums half_gather pairs on_diagonal diagonal_of inverse_unit_lower find_sequence"
 ).split()

@@ -6,6 +6,7 @@ In: plan.py's kernels. Out: text that load.py writes to a file and imports.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -40,7 +41,8 @@ class KernelPrinter:
         program = plan.program
         self.inputs = {v.name: v for v in program.inputs}
         self.heads = dict(plan.input_heads)
-        self.order = axis_order([a for v in (*program.states, *program.inputs) for a in v.axes])
+        first = [] if kernel.order == "parallel" else list(kernel.tile_sizes)
+        self.order = axis_order([a for v in (*program.states, *program.inputs) for a in v.axes], first)
         self.blocks: dict[int, Block] = {}
         self.casts: dict[str, str] = {}
         self.lines: list[str] = []
@@ -100,8 +102,7 @@ class KernelPrinter:
         for a in axes:
             if a != SOURCE:
                 self.axes_used[self.axis(a)] = None
-        inner = ([SOURCE] if SOURCE in axes else []) + sorted((a for a in axes if a != SOURCE), key=self.order)
-        dims = (ROW, *inner)
+        dims = tuple(sorted((ROW, *axes), key=self.order))
         rows = spread("o_t", [ROW], dims)
         terms = [f"{pointer} + (i_t * {heads} + {head}) * ({width})", f"{rows} * ({heads} * {width})"]
         masks = [spread("m_t", [ROW], dims)]
@@ -216,7 +217,9 @@ class KernelPrinter:
             return self.assign("delta", f"({left} == {right}).to(tl.float32)", dims)
         assert node.op in CHUNK_OPS, node.op
         block = self.fp32(operands[0])
-        dims = {"segment": (ROW, SOURCE), "diagonal": (ROW, SOURCE), "diagonal_of": (ROW,)}.get(node.op, block.dims)
+        if node.op in ("prefix", "suffix") and block.dims[0] != ROW:
+            raise NotImplementedError("running sums over rows of a tiled value")
+        dims = {"segment": (ROW, SOURCE), "between": (ROW, SOURCE), "diagonal": (ROW, SOURCE), "diagonal_of": (ROW,)}.get(node.op, block.dims)
         return self.assign("", chunk_op(node, block), dims)
 
     def pointwise(self, node: Node, operands: Sequence[Block]) -> Block:
@@ -325,7 +328,7 @@ class KernelPrinter:
         for axis in self.axes_used:
             names[identifier(axis)] = self.sizes[axis]
             names["B" + identifier(axis)] = self.kernel.tile_sizes.get(axis, padded(self.sizes[axis]))
-        return names | {"DOT": "DOT", "PRECISION": "PRECISION", "INVERSE": "INVERSE", "SPLIT": "SPLIT", "EXACT": "EXACT"}
+        return names | {"DOT": "DOT", "PRECISION": "PRECISION", "INVERSE": "INVERSE", "SPLIT": "SPLIT"}
 
     def print_indices(self) -> None:
         kernel, varlen = self.kernel, self.plan.varlen
@@ -380,8 +383,19 @@ class KernelPrinter:
         self.write("i_t = bos + i_c * C")
         self.write("m_t = i_c * C + o_t < T")
 
+    def emit_levels(self, roots: Sequence[Node]) -> None:
+        """Statements of the dyadic levels, level by level, so that a level's factors die before the next begins."""
+        nodes = closure(roots, {load.node: load.value for load in self.kernel.loads})
+        level: dict[int, int] = {}
+        for node in nodes:
+            own = -int(node["half"]) if node.op == "half_sums" else -math.inf  # type: ignore[call-overload]
+            level[id(node)] = max([own, *(level[id(a)] for a in node.args if id(a) in level)])
+        for node in sorted((n for n in nodes if level[id(n)] > -math.inf), key=lambda n: level[id(n)]):
+            self.emit(node)
+
     def print_parallel(self) -> list[str]:
         self.print_rows()
+        self.emit_levels([s.node for s in self.kernel.stores])
         for store in self.kernel.stores:
             self.store(store.node, store.value)
         return self.lines
