@@ -105,42 +105,40 @@ def between(total, C: tl.constexpr):
 
 
 @triton.jit
-def half_mask(HALF: tl.constexpr, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
-    """[C, C]: the rows u that row t sums: its half up to t (upper half) or after t (lower half)."""
+def half_mask(level, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
+    """[C, C]: the rows u that row t sums: its half of 2^level rows up to t (upper half) or after t (lower half)."""
     t = tl.arange(0, C)[:, None]
     u = tl.arange(0, C)[None, :]
-    same = (t // HALF) == (u // HALF)
-    upper = ((t // HALF) % 2) == 1
+    upper = ((t >> level) & 1) == 1
     if EXCLUSIVE:
-        picked = tl.where(upper, u < t, u > t)
+        earlier = u < t
     else:
-        picked = tl.where(upper, u <= t, u > t)
-    return same & picked
+        earlier = u <= t
+    return ((t >> level) == (u >> level)) & ((upper & earlier) | ((upper == 0) & (u > t)))
 
 
 @triton.jit
 def half_sums(
-    g, HALF: tl.constexpr, EXCLUSIVE: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+    g, level, EXCLUSIVE: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """[C, D]: log decay between each row and the middle of its block of 2 * HALF rows."""
-    return masked_sums(half_mask(HALF, EXCLUSIVE, C), g, SPLIT, PRECISION)
+    """[C, D]: log decay between each row and the middle of its block of 2 halves of 2^level rows."""
+    return masked_sums(half_mask(level, EXCLUSIVE, C), g, SPLIT, PRECISION)
 
 
 @triton.jit
 def half_gather(
-    x, HALF: tl.constexpr, EXCLUSIVE: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+    x, level, EXCLUSIVE: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
     """The transpose of half_sums."""
-    return masked_sums(tl.trans(half_mask(HALF, EXCLUSIVE, C)), x, SPLIT, PRECISION)
+    return masked_sums(tl.trans(half_mask(level, EXCLUSIVE, C)), x, SPLIT, PRECISION)
 
 
 @triton.jit
-def pairs(x, HALF: tl.constexpr, C: tl.constexpr):
-    """x [C, C] where t is in the upper and s in the lower half of one block of 2 * HALF rows, else 0."""
-    t = tl.arange(0, C)[:, None]
-    s = tl.arange(0, C)[None, :]
-    separated = ((t // HALF) % 2 == 1) & ((t // HALF) == (s // HALF) + 1)
-    return tl.where(separated, x, 0.0)
+def pairs(x, level, C: tl.constexpr):
+    """x [C, C] where t is in the upper and s in the lower half, of 2^level rows, of one block; else 0."""
+    t = tl.arange(0, C)[:, None] >> level
+    s = tl.arange(0, C)[None, :] >> level
+    return tl.where(((t & 1) == 1) & (t == s + 1), x, 0.0)
 
 
 @triton.jit
@@ -156,18 +154,16 @@ def diagonal_of(x, C: tl.constexpr):
 
 
 @triton.jit
-def inverse_unit_lower(l, C: tl.constexpr, PRECISION: tl.constexpr):
+def inverse_unit_lower(l, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """(I - l)^-1 for strictly lower l [C, C]: blocks of twice the size from inverses of their diagonal blocks.
 
     With A^-1 and D^-1 on the diagonal, the block below is D^-1 l A^-1: substitution by blocks, never powers of l.
     """
     t = tl.arange(0, C)
-    inverse = tl.where(t[:, None] == t[None, :], 1.0, 0.0) + pairs(l, 1, C)
-    for i in tl.static_range(1, 8):
-        if (1 << i) < C:
-            below = pairs(l, 1 << i, C)
-            below = tl.dot(inverse, below, input_precision=PRECISION)
-            inverse += tl.dot(below, inverse, input_precision=PRECISION)
+    inverse = tl.where(t[:, None] == t[None, :], 1.0, 0.0) + pairs(l, 0, C)
+    for level in range(1, LEVELS):
+        below = tl.dot(inverse, pairs(l, level, C), input_precision=PRECISION)
+        inverse += tl.dot(below, inverse, input_precision=PRECISION)
     return inverse
 
 

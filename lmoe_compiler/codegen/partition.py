@@ -28,7 +28,7 @@ from lmoe_compiler.codegen.plan import (
     Value,
     padded,
 )
-from lmoe_compiler.codegen.tile import to_tiles
+from lmoe_compiler.codegen.tile import inside_levels, to_tiles
 from lmoe_compiler.ir.nodes import REDUCE, ROW, SOURCE, Node, Program, Var
 from lmoe_compiler.lower.program import ChunkAdjoint, ChunkProgram, gradient_name
 
@@ -124,17 +124,35 @@ class Partition:
         self.stored.update({s.node: s.value for s in stores})
 
     def prepare(self, nodes: Sequence[Node], carried: frozenset[str]) -> None:
-        """Stores [C, C] factors of products that depend on nothing carried."""
+        """Stores factors of products that depend on nothing carried: [C, C] blocks and, if chosen, scaled rows."""
         depends = dependences(nodes, carried)
-        factors: dict[Node, None] = {}
+        levels, values = inside_levels(nodes), set(_values(self.program))
+        factors: dict[Node, Value] = {}
         for node in nodes:
-            if node.op == "dot" and node["axis"] in (ROW, SOURCE) and depends[node]:
-                for operand in node.args:
-                    if set(operand.axes) == {ROW, SOURCE} and not depends[operand]:
-                        factors[operand] = None
-        stores = [Store(f, Value(f"{_label(f)}_{i}", (SOURCE,), "row")) for i, f in enumerate(factors)]
-        if stores:
-            self.add("prepare", "parallel", (), stores)
+            if not (depends[node] or values & set(node.axes)) or node in levels:
+                continue
+            for operand in node.args:
+                factor = operand.args[0] if operand.op == "rename" else operand
+                if factor in factors or depends[factor]:
+                    continue
+                value = self.factor(node, factor, f"{len(factors)}")
+                if value is not None:
+                    factors[factor] = value
+        if factors:
+            self.add("prepare", "parallel", (), [Store(f, v) for f, v in factors.items()])
+
+    def factor(self, user: Node, factor: Node, number: str) -> Value | None:
+        """The value that keeps `factor`, an operand of `user`, or None where scans compute it themselves."""
+        axes = tuple(a for a in factor.axes if a != ROW)
+        if user.op == "dot" and user["axis"] in (ROW, SOURCE) and set(factor.axes) == {ROW, SOURCE}:
+            return Value(f"{_label(factor)}_{number}", (SOURCE,), "row")
+        if not self.choice.prepare_rows or factor.op == "input" or not _has_token(factor):
+            return None
+        if user.op == "dot" and ROW in factor.axes and len(axes) == 1 and axes[0] != SOURCE:
+            return Value(f"rows_{number}", axes, "row")
+        if len(axes) == 1 and ROW not in factor.axes and SOURCE not in factor.axes:
+            return Value(f"chunk_{number}", axes, "chunk", "fp32")
+        return None
 
     def plan(self, direction: str) -> Plan:
         return Plan(
@@ -150,6 +168,10 @@ class Partition:
         )
 
 
+def _has_token(node: Node) -> bool:
+    return any(n.op == "input" and ROW in n.axes for n in closure([node]))
+
+
 def _label(node: Node) -> str:
     return "inverse" if node.op == "inverse" else "pairs"
 
@@ -161,7 +183,7 @@ def _initial(var: Var, present: bool) -> Value | None:
 def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     """prepare (if chosen, or if there is a solve) and one fused scan."""
     program = chunk.program
-    output, *following = to_tiles([chunk.output, *chunk.next_states], choice.chunk, dict(call.sizes), call.exact)
+    output, *following = to_tiles([chunk.output, *chunk.next_states], dict(call.sizes), _values(program), call.exact)
     nodes = closure([output, *following])
     part = Partition(program, choice, call)
     if choice.prepare:
@@ -182,6 +204,10 @@ def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     return part.plan("forward")
 
 
+def _values(program: Program) -> list[str]:
+    return [var.axes[-1] for var in program.states if len(var.axes) > 1]
+
+
 def _leaves(nodes: Iterable[Node]) -> dict[str, Node]:
     return {n.name: n for n in nodes if n.op == "input"}
 
@@ -191,7 +217,7 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     forward, program = adjoint.forward, adjoint.forward.program
     count = len(program.inputs)
     roots = to_tiles(
-        [*adjoint.input_grads, *adjoint.state_grads, *forward.next_states], choice.chunk, dict(call.sizes), call.exact
+        [*adjoint.input_grads, *adjoint.state_grads, *forward.next_states], dict(call.sizes), _values(program), call.exact
     )
     grads, before, after = roots[:count], roots[count : count + len(program.states)], roots[-len(program.states) :]
     nodes = closure(roots)

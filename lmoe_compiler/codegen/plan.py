@@ -34,6 +34,7 @@ class Choice:
     chunk      rows of one chunk
     segments   parts that each sequence is cut into, scanned side by side (1: none)
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
+    prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
     fused      backward only: gradients inside the reverse scan (True) or in a kernel parallel over chunks
     kernels    tuning by kernel name; `default` for the others
     """
@@ -41,6 +42,7 @@ class Choice:
     chunk: int = 64
     segments: int = 1
     prepare: bool = False
+    prepare_rows: bool = False
     fused: bool = False
     default: Tuning = Tuning()
     kernels: tuple[tuple[str, Tuning], ...] = ()

@@ -89,15 +89,15 @@ def chunk_op(node: Node, operand: Block) -> str:
         relation = ">" if node["strict"] else ">="
         return f"tl.where(o_t[:, None] {relation} o_t[None, :], {x}, 0.0)"
     if node.op == "inverse":
-        return f"inverse_unit_lower({x}, C, INVERSE)"
+        return f"inverse_unit_lower({x}, C, LEVELS, INVERSE)"
     if node.op == "pairs":
-        return f"pairs({x}, {node['half']}, C)"
+        return f"pairs({x}, level, C)"
     if node.op == "diagonal":
         return f"on_diagonal({x}, C)"
     if node.op == "diagonal_of":
         return f"diagonal_of({x}, C)"
     assert node.op in ("half_sums", "half_gather"), node.op
-    return f"{node.op}({x}, {node['half']}, {bool(node['exclusive'])}, C, SPLIT, PRECISION)"
+    return f"{node.op}({x}, level, {bool(node['exclusive'])}, C, SPLIT, PRECISION)"
 
 
 CHUNK_OPS = frozenset(

@@ -9,9 +9,10 @@ Next: partition.py cuts the graph into kernels.
   floor          g         -                 max(g, -104): exp of it is exactly what exp(g) is in fp32, never inf - inf
   between        G         -                 [t, s], G_t - G_s where s < t, else 0; G a running sum of floored log decays
   inverse        l         -                 (I - l)^-1, l strictly lower, by block recursion
-  pairs          x         half              x where t is in the upper and s in the lower half of one block of 2 * half
-  half_sums      g         half, exclusive   upper rows: sum from the half's start to t; lower rows: sum after t in the half
-  half_gather    x         half, exclusive   the transpose of half_sums
+  level_sum      x         -                 sum over the dyadic levels (halves of C/2, ..., 1 rows) of x, which may contain
+  pairs          x         -                   x where t is in the upper and s in the lower half of one block
+  half_sums      g         exclusive           upper rows: sum from the half's start to t; lower rows: sum after t in the half
+  half_gather    x         exclusive           the transpose of half_sums
   diagonal       x [t]     -                 [t, s], x on the diagonal
   diagonal_of    x [t, s]  -                 [t]
 
@@ -31,10 +32,23 @@ LOG_ZERO = -104.0
 GATE_OPERAND = {"segment": 0, "decayed": 2, "decayed_rows": 2, "decayed_cols": 2, "decayed_gate": 3}
 
 
+LEVEL_OPS = frozenset({"pairs", "half_sums", "half_gather"})
+
+
+def inside_levels(nodes: Iterable[Node]) -> set[Node]:
+    """Of `nodes` (operands first), those whose value differs from dyadic level to level."""
+    inside: set[Node] = set()
+    for node in nodes:
+        if node.op in LEVEL_OPS or (node.op != "level_sum" and any(a in inside for a in node.args)):
+            inside.add(node)
+    return inside
+
+
 class Builder:
     """Hash-consing constructor: structurally equal nodes become one object."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        self.values = frozenset(values)
         self._nodes: dict[tuple[object, ...], Node] = {}
 
     def make(self, op: str, *args: Node, like: Node | None = None, **attrs: Attr) -> Node:
@@ -52,15 +66,15 @@ class Builder:
 
 
 def to_tiles(
-    roots: Iterable[Node], chunk: int, sizes: Mapping[str, int], exact: bool = False
+    roots: Iterable[Node], sizes: Mapping[str, int], values: Iterable[str], exact: bool = False
 ) -> list[Node]:
     """`roots` rewritten; nodes shared between them stay shared.
 
-    `exact` keeps sums over rows as they are. Otherwise all are differences of one running sum, whose error is
+    `values` are the axes that scans tile first. `exact` keeps sums over rows as they are. Otherwise all are differences of one running sum, whose error is
     about 1e-7 of the chunk's total of floored decays: far below a half-precision rounding.
     """
     roots = list(roots)
-    build = Builder()
+    build = Builder(values)
     logs = _log_decays(roots)
     done: dict[Node, Node] = {}
     for node in topological(roots):
@@ -68,7 +82,7 @@ def to_tiles(
         if not exact and node.op in RUNNING:
             new = RUNNING[node.op](build, node, args[0])
         else:
-            new = _rewrite(build, node, args, chunk, sizes)
+            new = _rewrite(build, node, args, sizes)
         if node in logs:
             new = build.make("floor", new, like=node)
         done[node] = new
@@ -80,7 +94,7 @@ def _log_decays(roots: Iterable[Node]) -> set[Node]:
     return {n.args[GATE_OPERAND[n.op]] for n in topological(roots) if n.op in GATE_OPERAND}
 
 
-def _rewrite(build: Builder, node: Node, args: list[Node], chunk: int, sizes: Mapping[str, int]) -> Node:
+def _rewrite(build: Builder, node: Node, args: list[Node], sizes: Mapping[str, int]) -> Node:
     if node.op == "size":
         return build.const(sizes[str(node["axis"]).rstrip("'")])
     if node.op == "cast":
@@ -88,7 +102,7 @@ def _rewrite(build: Builder, node: Node, args: list[Node], chunk: int, sizes: Ma
     if all(a.op == "const" for a in args) and node.op in FOLD:
         return build.const(FOLD[node.op](*(float(a["value"]) for a in args)))  # type: ignore[arg-type]
     if node.op in EXPAND:
-        return EXPAND[node.op](build, node, args, chunk)
+        return EXPAND[node.op](build, node, args)
     if node.op == "dot":
         return _dot(build, node, args, sizes)
     return build.make(node.op, *args, like=node, **dict(node.attrs))
@@ -133,7 +147,7 @@ def _dot(build: Builder, node: Node, args: list[Node], sizes: Mapping[str, int])
     axis = str(node["axis"])
     a, b = args
     if axis in a.axes and axis in b.axes:
-        return build.make("dot", a, b, like=node, axis=axis)
+        return _product(build, node, a, b, axis)
     if axis in a.axes:
         a, b = b, a
     if axis not in b.axes:
@@ -141,7 +155,49 @@ def _dot(build: Builder, node: Node, args: list[Node], sizes: Mapping[str, int])
     return build.make("mul", a, build.make("sum", b, axis=axis), like=node)
 
 
-def _solve(build: Builder, node: Node, args: list[Node], chunk: int) -> Node:
+def _product(build: Builder, node: Node, a: Node, b: Node, axis: str) -> Node:
+    """A dot whose loaded operands stay as they were loaded: row factors go to the result or to the values.
+
+    dot(f q, S) = f dot(q, S), and dot_t(f k, v) = dot_t(k, f v): no block passes through registers to be scaled.
+    """
+    (a, of_a), (b, of_b) = _factors(build, a), _factors(build, b)
+    outside = [f for f in (*of_a, *of_b) if axis not in f.axes]
+    for factor in (f for f in (*of_a, *of_b) if axis in f.axes):
+        if build.values & set(b.axes) or not build.values & set(a.axes):
+            b = build.make("mul", b, factor)
+        else:
+            a = build.make("mul", a, factor)
+    product = build.make("dot", a, b, like=node, axis=axis)
+    for factor in outside:
+        product = build.make("mul", product, factor)
+    return product
+
+
+def _factors(build: Builder, x: Node) -> tuple[Node, list[Node]]:
+    """A product of a loaded block and factors with fewer axes, taken apart; anything else is left whole."""
+    core, factors = x, []
+    while True:
+        if core.op == "rename" and core.args[0].op == "mul":
+            core = build.make("mul", *(_renamed(build, a, core) for a in core.args[0].args))
+        if core.op != "mul":
+            break
+        first, second = core.args
+        if set(second.axes) < set(core.axes) and set(first.axes) == set(core.axes):
+            core, factor = first, second
+        elif set(first.axes) < set(core.axes) and set(second.axes) == set(core.axes):
+            core, factor = second, first
+        else:
+            break
+        factors.append(factor)
+    loaded = core.args[0] if core.op == "rename" else core
+    return (core, factors) if loaded.op == "input" else (x, [])
+
+
+def _renamed(build: Builder, x: Node, rename: Node) -> Node:
+    return build.make("rename", x, **dict(rename.attrs)) if rename["old"] in x.axes else x
+
+
+def _solve(build: Builder, node: Node, args: list[Node]) -> Node:
     l, b = args
     inverse = build.make("inverse", l, like=node)
     if node["transposed"]:
@@ -155,83 +211,73 @@ def _as_source(build: Builder, x: Node) -> Node:
 
 
 class Levels:
-    """The dyadic levels of one decayed product family: shared factors exp(half_sums) per level."""
+    """One dyadic level of a decayed product family, symbolically: `level_sum` runs over all of them.
 
-    def __init__(self, build: Builder, node: Node, gate: Node, chunk: int) -> None:
-        self.build, self.node, self.gate = build, node, gate
+    Products that share gates share the factor exp(half_sums), and the printer puts all sums into one loop.
+    """
+
+    def __init__(self, build: Builder, node: Node, gate: Node) -> None:
+        self.build, self.node = build, node
         self.exclusive = bool(node["exclusive"])
-        self.halves = [chunk >> i for i in range(1, chunk.bit_length())]
+        self.factor = build.make("exp", build.make("half_sums", gate, exclusive=self.exclusive))
 
-    def factor(self, half: int) -> Node:
-        sums = self.build.make("half_sums", self.gate, half=half, exclusive=self.exclusive)
-        return self.build.make("exp", sums)
+    def scaled(self, x: Node) -> Node:
+        return self.build.make("mul", x, self.factor)
 
-    def scaled(self, x: Node, half: int) -> Node:
-        return self.build.make("mul", x, self.factor(half))
-
-    def rows(self, w: Node, x: Node, half: int) -> Node:
+    def rows(self, w: Node, x: Node) -> Node:
         """[t, axis]: one level of sum_s w[t, s] x_s exp(...)."""
         b = self.build
-        source = _as_source(b, self.scaled(x, half))
-        pairs = b.make("pairs", w, half=half)
-        return b.make("mul", b.make("dot", pairs, source, like=self.node, axis=SOURCE), self.factor(half))
+        product = b.make("dot", b.make("pairs", w), _as_source(b, self.scaled(x)), like=self.node, axis=SOURCE)
+        return b.make("mul", product, self.factor)
 
-    def cols(self, w: Node, r: Node, half: int) -> Node:
+    def cols(self, w: Node, r: Node) -> Node:
         """[t := s, axis]: one level of sum_t w[t, s] r_t exp(...)."""
         b = self.build
-        pairs = b.make("pairs", w, half=half)
-        product = b.make("dot", pairs, self.scaled(r, half), like=self.node, axis=ROW)
-        return b.make("mul", b.make("rename", product, old=SOURCE, new=ROW), self.factor(half))
+        product = b.make("dot", b.make("pairs", w), self.scaled(r), like=self.node, axis=ROW)
+        return b.make("mul", b.make("rename", product, old=SOURCE, new=ROW), self.factor)
 
 
 def _row(build: Builder, x: Node) -> Node:
     return x if ROW in x.axes else build.make("rename", x, old=SOURCE, new=ROW)
 
 
-def _decayed(build: Builder, node: Node, args: list[Node], chunk: int) -> Node:
+def _decayed(build: Builder, node: Node, args: list[Node]) -> Node:
     r, x, gate = _row(build, args[0]), _row(build, args[1]), args[2]
-    levels, axis = Levels(build, node, gate, chunk), str(node["axis"])
-    terms = []
-    for half in levels.halves:
-        source = _as_source(build, levels.scaled(x, half))
-        product = build.make("dot", levels.scaled(r, half), source, like=node, axis=axis)
-        terms.append(build.make("pairs", product, half=half))
-    if not node["strict"]:
-        own = build.make("sum", build.make("mul", r, x), axis=axis)
-        terms.append(build.make("diagonal", own))
-    return build.add(terms)
-
-
-def _decayed_rows(build: Builder, node: Node, args: list[Node], chunk: int) -> Node:
-    w, x, gate = args[0], _row(build, args[1]), args[2]
-    levels = Levels(build, node, gate, chunk)
-    return build.add([*(levels.rows(w, x, h) for h in levels.halves), *_own(build, node, w, x)])
-
-
-def _decayed_cols(build: Builder, node: Node, args: list[Node], chunk: int) -> Node:
-    w, r, gate = args[0], _row(build, args[1]), args[2]
-    levels = Levels(build, node, gate, chunk)
-    return build.add([*(levels.cols(w, r, h) for h in levels.halves), *_own(build, node, w, r)])
-
-
-def _own(build: Builder, node: Node, w: Node, x: Node) -> list[Node]:
+    levels, axis = Levels(build, node, gate), str(node["axis"])
+    product = build.make("dot", levels.scaled(r), _as_source(build, levels.scaled(x)), like=node, axis=axis)
+    total = build.make("level_sum", build.make("pairs", product), like=node)
     if node["strict"]:
-        return []
-    return [build.make("mul", build.make("diagonal_of", w), x)]
+        return total
+    own = build.make("sum", build.make("mul", r, x), axis=axis)
+    return build.make("add", total, build.make("diagonal", own))
 
 
-def _decayed_gate(build: Builder, node: Node, args: list[Node], chunk: int) -> Node:
+def _decayed_rows(build: Builder, node: Node, args: list[Node]) -> Node:
+    w, x, gate = args[0], _row(build, args[1]), args[2]
+    total = build.make("level_sum", Levels(build, node, gate).rows(w, x), like=node)
+    return _with_own(build, node, total, w, x)
+
+
+def _decayed_cols(build: Builder, node: Node, args: list[Node]) -> Node:
+    w, r, gate = args[0], _row(build, args[1]), args[2]
+    total = build.make("level_sum", Levels(build, node, gate).cols(w, r), like=node)
+    return _with_own(build, node, total, w, r)
+
+
+def _with_own(build: Builder, node: Node, total: Node, w: Node, x: Node) -> Node:
+    if node["strict"]:
+        return total
+    return build.make("add", total, build.make("mul", build.make("diagonal_of", w), x))
+
+
+def _decayed_gate(build: Builder, node: Node, args: list[Node]) -> Node:
     w, r, x, gate = args[0], _row(build, args[1]), _row(build, args[2]), args[3]
-    levels, terms = Levels(build, node, gate, chunk), []
-    for half in levels.halves:
-        rows = build.make("mul", r, levels.rows(w, x, half))
-        cols = build.make("mul", x, levels.cols(w, r, half))
-        both = build.make("add", rows, cols)
-        terms.append(build.make("half_gather", both, half=half, exclusive=levels.exclusive))
-    return build.add(terms)
+    levels = Levels(build, node, gate)
+    both = build.make("add", build.make("mul", r, levels.rows(w, x)), build.make("mul", x, levels.cols(w, r)))
+    return build.make("level_sum", build.make("half_gather", both, exclusive=levels.exclusive), like=node)
 
 
-EXPAND: dict[str, Callable[[Builder, Node, list[Node], int], Node]] = {
+EXPAND: dict[str, Callable[[Builder, Node, list[Node]], Node]] = {
     "solve": _solve,
     "decayed": _decayed,
     "decayed_rows": _decayed_rows,

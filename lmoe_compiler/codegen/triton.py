@@ -6,7 +6,6 @@ In: plan.py's kernels. Out: text that load.py writes to a file and imports.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +21,7 @@ from lmoe_compiler.codegen.statements import (
     pointwise,
     spread,
 )
+from lmoe_compiler.codegen.tile import inside_levels
 from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
 from lmoe_compiler.lower.program import VALID
 
@@ -54,6 +54,12 @@ class KernelPrinter:
         self.axes_used: dict[str, None] = {}
         self.loads = {id(load.node): load.value for load in kernel.loads}
         self.sizes = plan.size_of
+        self.cut = {load.node: load.value for load in kernel.loads}
+        self.nodes = closure([*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)], self.cut)
+        self.levels = inside_levels(self.nodes)
+        self.in_loop = False
+        if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
+            self.constants["LEVELS"] = plan.chunk.bit_length() - 1
 
     # ---- text
 
@@ -187,14 +193,47 @@ class KernelPrinter:
         return self.blocks[id(node)]
 
     def emit(self, root: Node) -> Block:
-        for node in closure([root], {load.node: load.value for load in self.kernel.loads}):
-            if id(node) not in self.blocks:
-                if id(node) in self.loads:
+        for node in closure([root], self.cut):
+            if id(node) not in self.blocks and not self.in_level(node):
+                if node.op == "level_sum" and id(node) not in self.loads:
+                    self.level_loop(node)
+                elif id(node) in self.loads:
                     self.blocks[id(node)] = self.load(self.loads[id(node)])
                 else:
                     self.quote(node)
                     self.blocks[id(node)] = self.statement(node)
         return self.value(root)
+
+    def in_level(self, node: Node) -> bool:
+        """Whether the value differs from level to level, so that it is written inside the level loop only."""
+        return node in self.levels and not self.in_loop
+
+    def level_loop(self, first: Node) -> None:
+        """One loop over the dyadic levels for every sum that can run beside `first`."""
+        sums = [n for n in self.nodes if n.op == "level_sum" and id(n) not in self.blocks and id(n) not in self.loads]
+        below = {id(n): {id(x) for x in closure(n.args, self.cut)} for n in sums}
+        sums = [n for n in sums if n is first or not any(id(m) in below[id(n)] or id(n) in below[id(m)] for m in sums)]
+        for node in closure([n.args[0] for n in sums], self.cut):
+            if not self.in_level(node):
+                self.emit(node)
+        totals = []
+        for node in sums:
+            dims = self.dims_of(node)
+            totals.append(self.assign("sum", f"tl.zeros({self.shape(dims)}, tl.float32)", dims))
+        self.constants["LEVELS"] = self.plan.chunk.bit_length() - 1
+        self.write("for level in range(0, LEVELS):")
+        self.depth += 1
+        self.in_loop, outside, casts = True, dict(self.blocks), dict(self.casts)
+        for node, total in zip(sums, totals, strict=True):
+            block = self.emit(node.args[0])
+            self.write(f"{total.text} += {self.broadcast(block, total.dims)}")
+        self.blocks, self.casts, self.in_loop = outside, casts, False
+        self.depth -= 1
+        for node, total in zip(sums, totals, strict=True):
+            self.blocks[id(node)] = total
+
+    def dims_of(self, node: Node) -> tuple[str, ...]:
+        return tuple(sorted(node.axes, key=self.order))
 
     def statement(self, node: Node) -> Block:
         if node.op == "input":
@@ -383,19 +422,8 @@ class KernelPrinter:
         self.write("i_t = bos + i_c * C")
         self.write("m_t = i_c * C + o_t < T")
 
-    def emit_levels(self, roots: Sequence[Node]) -> None:
-        """Statements of the dyadic levels, level by level, so that a level's factors die before the next begins."""
-        nodes = closure(roots, {load.node: load.value for load in self.kernel.loads})
-        level: dict[int, int] = {}
-        for node in nodes:
-            own = -int(node["half"]) if node.op == "half_sums" else -math.inf  # type: ignore[call-overload]
-            level[id(node)] = max([own, *(level[id(a)] for a in node.args if id(a) in level)])
-        for node in sorted((n for n in nodes if level[id(n)] > -math.inf), key=lambda n: level[id(n)]):
-            self.emit(node)
-
     def print_parallel(self) -> list[str]:
         self.print_rows()
-        self.emit_levels([s.node for s in self.kernel.stores])
         for store in self.kernel.stores:
             self.store(store.node, store.value)
         return self.lines
