@@ -23,7 +23,8 @@ test: .venv/ready .oracles/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 $(ARGS)
 
 smoke: .venv/ready
-	$(BIN)/lmoe train --steps 20 --out runs/smoke $(ARGS)
+	rm -rf runs/smoke
+	$(BIN)/lmoe train --steps 20 --evaluations 2 --final-tokens 16384 --out runs/smoke $(ARGS)
 
 lint: .venv/ready typecheck
 	$(BIN)/ruff check .
