@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ STAGES = ("ir", "analysis", "chunk", "triton", "fx")
 
 @dataclass(frozen=True)
 class Options:
-    """How a recurrence is run. Its text is an argument of the ops: `parse(str(options)) == options`."""
+    """How a recurrence is run. Its text is an op argument: `parse(options.text) == options`."""
 
     implementation: str = "auto"
     chunk_size: int | None = None
     debug: bool = False
+    # Ready-made, because Dynamo reads it while tracing a call.
+    text: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
@@ -48,10 +50,13 @@ class Options:
             raise InvalidOption(
                 f"debug={self.debug!r} is not a bool", try_="r.with_options(debug=True)"
             )
+        changed = (f for f in fields(self) if f.init and getattr(self, f.name) != f.default)
+        text = " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
+        object.__setattr__(self, "text", text)
 
     def with_(self, changes: Mapping[str, Any]) -> Options:
         """These options with some changed; names are checked."""
-        known = [f.name for f in fields(self)]
+        known = [f.name for f in fields(self) if f.init]
         for name in changes:
             if name not in known:
                 raise InvalidOption(
@@ -60,10 +65,6 @@ class Options:
                     try_=f"r.with_options({known[0]}=...)",
                 )
         return replace(self, **changes)
-
-    def __str__(self) -> str:
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
 
     @staticmethod
     @cache

@@ -1,0 +1,112 @@
+"""Which code runs an op: ATen (lower/execute.py) or the generated Triton kernels (codegen/run.py).
+
+The choice is a function of program, device and options alone, so that a fake tensor gets the same answer as a real one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lmoe_compiler.config import Options
+from lmoe_compiler.errors import FallbackWarning, ImplementationUnavailable
+from lmoe_compiler.ir.nodes import Program
+
+Tensors = Sequence[Tensor]
+Saved = tuple[Tensor, list[Tensor], list[Tensor]]
+
+
+class Implementation(Protocol):
+    """What lower/execute.py (ATen) and codegen/run.py (Triton) provide. Arguments are checked."""
+
+    def scan(
+        self,
+        program: Program,
+        inputs: Tensors,
+        states: Tensors | None,
+        cu_seqlens: Tensor | None,
+        options: Options,
+    ) -> Saved: ...
+
+    def scan_backward(
+        self,
+        program: Program,
+        inputs: Tensors,
+        states: Tensors | None,
+        cu_seqlens: Tensor | None,
+        saved: Tensors,
+        d_output: Tensor,
+        d_states: Sequence[Tensor | None],
+        options: Options,
+    ) -> tuple[list[Tensor], list[Tensor] | None]: ...
+
+    def span_map(
+        self, program: Program, inputs: Tensors, cu_seqlens: Tensor | None, options: Options
+    ) -> tuple[list[Tensor | None], list[Tensor]]: ...
+
+    def span_map_backward(
+        self,
+        program: Program,
+        inputs: Tensors,
+        cu_seqlens: Tensor | None,
+        d_maps: Sequence[Tensor | None],
+        d_ends: Sequence[Tensor | None],
+        options: Options,
+    ) -> list[Tensor]: ...
+
+    def step(
+        self, program: Program, inputs: Tensors, states: Tensors | None, options: Options
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+
+def choose(program: Program, inputs: Tensors, options: Options) -> Implementation:
+    """The implementation of this call; raises where `triton` was asked for and cannot run."""
+    cuda = inputs[0].device.type == "cuda"
+    if options.implementation in ("torch", "reference") or (
+        options.implementation == "auto" and not cuda
+    ):
+        return _module("lmoe_compiler.lower.execute")
+    reason = _why_no_kernels(program, inputs, options)
+    if reason is None:
+        return _module("lmoe_compiler.codegen.run")
+    if options.implementation == "triton":
+        raise ImplementationUnavailable(
+            f'implementation="triton" cannot run {program.name} here',
+            why=reason,
+            try_='r.with_options(implementation="auto")',
+        )
+    _say_once(f"{program.name} runs with torch instead of generated kernels: {reason}")
+    return _module("lmoe_compiler.lower.execute")
+
+
+def _why_no_kernels(program: Program, inputs: Tensors, options: Options) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'lmoe-compiler[gpu]')"
+    if inputs[0].device.type != "cuda" and not _interpreted():
+        return f"the inputs are on {inputs[0].device}, and kernels run on CUDA devices only"
+    unsupported = getattr(_module("lmoe_compiler.codegen.run"), "unsupported", None)
+    reason: str | None = unsupported(program, inputs, options) if unsupported else None
+    return reason
+
+
+@cache
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, FallbackWarning, stacklevel=2)
+
+
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(name)

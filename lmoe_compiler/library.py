@@ -1,0 +1,440 @@
+"""The op family: a recurrence in a graph is one node whose first argument is the program's text.
+
+    lmoe::scan               o, final states, saved         whole sequences
+    lmoe::scan_backward      gradients of inputs, states
+    lmoe::span_map           M of each state that has one, E of each state: S_out = M S_in + E
+    lmoe::span_map_backward  gradients of inputs
+    lmoe::step               o, next states                 one decode step
+
+Nothing is registered per recurrence. Each op has a fake kernel (which also checks the call), an autograd formula
+whose backward is an op of the family, vmap and autocast rules (transforms.py) and a FLOP formula. `call` is how the
+rest of the package runs an op: in plain eager it goes round the dispatcher; torch.compile, torch.func, dispatch modes,
+profilers and tensor subclasses take the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from lmoe_compiler import layout, transforms
+from lmoe_compiler.checks import check, check_values
+from lmoe_compiler.config import Options
+from lmoe_compiler.errors import UnsupportedTransform
+from lmoe_compiler.implementation import Tensors, choose
+from lmoe_compiler.ir.nodes import Program
+from lmoe_compiler.ir.parse import parse as parse_text
+
+Run = Callable[..., list[Tensor]]
+
+SCHEMAS = {
+    "scan": "str program, Tensor[] inputs, Tensor[] states, Tensor? cu_seqlens, str options",
+    "scan_backward": "str program, Tensor[] inputs, Tensor[] states, Tensor? cu_seqlens, "
+    "Tensor[] saved, Tensor d_output, Tensor[] d_states, str options",
+    "span_map": "str program, Tensor[] inputs, Tensor? cu_seqlens, str options",
+    "span_map_backward": "str program, Tensor[] inputs, Tensor? cu_seqlens, Tensor[] d_results, "
+    "str options",
+    "step": "str program, Tensor[] inputs, Tensor[] states, str options",
+}
+
+
+@cache
+def parse(text: str) -> Program:
+    """The program of an op's first argument."""
+    return parse_text(text)
+
+
+# -- kernels ----------------------------------------------------------------------------------------
+
+
+def _scan(
+    text: str, inputs: Tensors, states: Tensors, cu_seqlens: Tensor | None, options: str
+) -> list[Tensor]:
+    program, chosen = parse(text), Options.parse(options)
+    if chosen.debug or inputs[0].device.type == "cpu":
+        check_values(program, inputs, cu_seqlens, debug=chosen.debug)
+    run = choose(program, inputs, chosen).scan
+    output, finals, saved = run(program, inputs, states or None, cu_seqlens, chosen)
+    return [output, *finals, *saved]
+
+
+def _scan_backward(
+    text: str,
+    inputs: Tensors,
+    states: Tensors,
+    cu_seqlens: Tensor | None,
+    saved: Tensors,
+    d_output: Tensor,
+    d_states: Tensors,
+    options: str,
+) -> list[Tensor]:
+    program, chosen = parse(text), Options.parse(options)
+    run = choose(program, inputs, chosen).scan_backward
+    ends = d_states or [None] * len(program.states)
+    d_inputs, d_initial = run(
+        program, inputs, states or None, cu_seqlens, saved, d_output, ends, chosen
+    )
+    return [*d_inputs, *(d_initial or ())]
+
+
+def _span_map(text: str, inputs: Tensors, cu_seqlens: Tensor | None, options: str) -> list[Tensor]:
+    program, chosen = parse(text), Options.parse(options)
+    maps, ends = choose(program, inputs, chosen).span_map(program, inputs, cu_seqlens, chosen)
+    return [*(m for m in maps if m is not None), *ends]
+
+
+def _span_map_backward(
+    text: str, inputs: Tensors, cu_seqlens: Tensor | None, d_results: Tensors, options: str
+) -> list[Tensor]:
+    program, chosen = parse(text), Options.parse(options)
+    d_maps, d_ends = layout.split_maps(program, d_results)
+    run = choose(program, inputs, chosen).span_map_backward
+    return run(program, inputs, cu_seqlens, d_maps, d_ends, chosen)
+
+
+def _step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
+    program, chosen = parse(text), Options.parse(options)
+    output, following = choose(program, inputs, chosen).step(
+        program, inputs, states or None, chosen
+    )
+    return [output, *following]
+
+
+# -- fake kernels: checks, and the shapes, dtypes and strides of the results ---------------------------
+
+
+def _fake_scan(
+    text: str, inputs: Tensors, states: Tensors, cu_seqlens: Tensor | None, options: str
+) -> list[Tensor]:
+    program, chosen = parse(text), Options.parse(options)
+    check(program, inputs, states, cu_seqlens)
+    sizes = layout.measure(program, inputs, states, cu_seqlens)
+    allocate = getattr(choose(program, inputs, chosen), "saved", None)
+    saved = allocate(program, inputs, states or None, cu_seqlens, chosen) if allocate else ()
+    return [*_fake_results(program, sizes, inputs), *saved]
+
+
+def _fake_step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
+    program = parse(text)
+    check(program, inputs, states, None, step=True)
+    return _fake_results(program, layout.measure(program, inputs, states, None, step=True), inputs)
+
+
+def _fake_results(program: Program, sizes: layout.Sizes, inputs: Tensors) -> list[Tensor]:
+    token = inputs[layout.first_token(program)]
+    finals = [token.new_empty(sizes.state(var), dtype=sizes.accumulate) for var in program.states]
+    return [token.new_empty(sizes.output(program)), *finals]
+
+
+def _fake_scan_backward(text: str, inputs: Tensors, states: Tensors, *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (*inputs, *states)]
+
+
+def _fake_span_map(
+    text: str, inputs: Tensors, cu_seqlens: Tensor | None, options: str
+) -> list[Tensor]:
+    program = parse(text)
+    check(program, inputs, (), cu_seqlens)
+    sizes = layout.measure(program, inputs, (), cu_seqlens)
+    shapes = [sizes.map(axes) for axes in layout.map_axes(program) if axes is not None]
+    shapes += [sizes.map(var.axes) for var in program.states]
+    return [inputs[0].new_empty(shape, dtype=sizes.accumulate) for shape in shapes]
+
+
+def _fake_span_map_backward(text: str, inputs: Tensors, *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs]
+
+
+# -- derivatives ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """What the forward keeps and how the backward uses it; the op and the direct path share it."""
+
+    setup: Callable[[Any, tuple[Any, ...], list[Tensor]], None]
+    backward: Callable[[Any, Sequence[Any]], tuple[Any, ...]]
+
+
+def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    text, tokens, states, cu_seqlens, options = inputs
+    saved = output[1 + len(parse(text).states) :]
+    ctx.call = (text, options, len(tokens), len(states))
+    ctx.save_for_backward(*tokens, *states, *saved, cu_seqlens)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_scan(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    text, options, num_inputs, num_states = ctx.call
+    *tensors, cu_seqlens = ctx.saved_tensors
+    inputs, states = tensors[:num_inputs], tensors[num_inputs : num_inputs + num_states]
+    saved = tensors[num_inputs + num_states :]
+    program = parse(text)
+    d_output, *d_states = grads[: 1 + len(program.states)]
+    sizes = layout.measure(program, inputs, states, cu_seqlens)
+    zeros = _fake_results(program, sizes, inputs) if None in (d_output, *d_states) else []
+    if d_output is None:
+        d_output = zeros[0].zero_()
+    if all(d is None for d in d_states):
+        d_states = []
+    d_states = [zeros[1 + i].zero_() if d is None else d for i, d in enumerate(d_states)]
+    results = call(
+        "scan_backward", text, inputs, states, cu_seqlens, saved, d_output, d_states, options
+    )
+    return None, results[:num_inputs], results[num_inputs:], None, None
+
+
+def _setup_span_map(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    text, tokens, cu_seqlens, options = inputs
+    ctx.call = (text, options)
+    ctx.save_for_backward(*tokens, cu_seqlens)
+
+
+def _differentiate_span_map(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    text, options = ctx.call
+    *inputs, cu_seqlens = ctx.saved_tensors
+    return (
+        None,
+        call("span_map_backward", text, inputs, cu_seqlens, list(grads), options),
+        None,
+        None,
+    )
+
+
+def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    text, tokens, states, options = inputs
+    ctx.call = (text, options, len(tokens))
+    ctx.save_for_backward(*tokens, *states)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_step(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """A step is a scan of one token, and is differentiated as one."""
+    text, options, num_inputs = ctx.call
+    inputs, states = ctx.saved_tensors[:num_inputs], list(ctx.saved_tensors[num_inputs:])
+    program = parse(text)
+    rows = [
+        x.unsqueeze(1) if var.kind == "token" else x
+        for var, x in zip(program.inputs, inputs, strict=True)
+    ]
+    output, *rest = call("scan", text, rows, states, None, options)
+    ends, saved = rest[: len(program.states)], rest[len(program.states) :]
+    d_output = torch.zeros_like(output) if grads[0] is None else grads[0].unsqueeze(1)
+    d_states = [
+        torch.zeros_like(x) if d is None else d for d, x in zip(grads[1:], ends, strict=True)
+    ]
+    results = call("scan_backward", text, rows, states, None, saved, d_output, d_states, options)
+    d_inputs = [d.reshape(x.shape) for d, x in zip(results, inputs, strict=False)]
+    return None, d_inputs, results[num_inputs:], None
+
+
+def _setup_refusal(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.call = inputs[0]
+
+
+def _refuse_second(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    raise UnsupportedTransform(
+        f"second derivative through {parse(ctx.call).name}",
+        why="the backward of a compiled recurrence is not differentiable",
+        try_=f"{parse(ctx.call).name}.reference(...), which is differentiable any number of times",
+    )
+
+
+# -- the family --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operator:
+    kernel: Callable[..., list[Tensor]]
+    fake: Callable[..., list[Tensor]]
+    derivative: Derivative
+    # Operations per operation of the recurrence: a backward multiplies by both operands' adjoints.
+    cost: int
+    autocast: bool = True
+
+
+_REFUSE_SECOND = Derivative(_setup_refusal, _refuse_second)
+OPERATORS = {
+    "scan": Operator(_scan, _fake_scan, Derivative(_setup_scan, _differentiate_scan), 1),
+    "scan_backward": Operator(_scan_backward, _fake_scan_backward, _REFUSE_SECOND, 2, False),
+    "span_map": Operator(
+        _span_map, _fake_span_map, Derivative(_setup_span_map, _differentiate_span_map), 1
+    ),
+    "span_map_backward": Operator(
+        _span_map_backward, _fake_span_map_backward, _REFUSE_SECOND, 2, False
+    ),
+    "step": Operator(_step, _fake_step, Derivative(_setup_step, _differentiate_step), 1),
+}
+
+
+def _register(name: str, operator: Operator) -> None:
+    qualified = f"lmoe::{name}"
+    torch.library.define(
+        qualified, f"({SCHEMAS[name]}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(operator.kernel)
+    torch.library.register_fake(qualified, operator.fake)
+    torch.library.impl(qualified, "Autograd")(partial(_autograd, name))
+    torch.library.register_vmap(qualified, transforms.vmap_rule(name, SCHEMAS[name], parse))
+    if operator.autocast:
+        for device in ("cpu", "cuda"):
+            kernel = transforms.autocast_kernel(_op(name), device, parse)
+            torch.library.impl(qualified, f"Autocast{device.upper()}")(kernel)
+
+    def flops(text: str, inputs: Tensors, *rest: Any, **_: Any) -> int:
+        program = parse(text)
+        sizes = layout.measure(program, inputs, (), None, step=name == "step")
+        return operator.cost * layout.multiply_adds(program, sizes)
+
+    register_flop_formula(getattr(torch.ops.lmoe, name), get_raw=True)(flops)
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.lmoe, name).default
+
+
+# -- calling an op --------------------------------------------------------------------------------------------
+
+
+class _Differentiable(torch.autograd.Function):
+    """An op and its derivative, as autograd and torch.func see it. `run` is the kernel, or the op below autograd."""
+
+    @staticmethod
+    def forward(run: Run, name: str, text: str, args: list[Any], *flat: Any) -> tuple[Any, ...]:
+        return tuple(run(text, *_nest(args, flat)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _, name, text, args, *flat = inputs
+        ctx.derivative, ctx.program = OPERATORS[name].derivative, text
+        ctx.derivative.setup(ctx, (text, *_nest(args, flat)), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        _, *results = ctx.derivative.backward(ctx, list(grads))
+        return None, None, None, None, *_flatten(results)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        name = parse(ctx.program).name
+        raise UnsupportedTransform(
+            f"forward-mode derivative (jvp) through {name}",
+            why="a compiled recurrence has a backward but no tangent rule",
+            try_=f"{name}.reference(...), which supports jvp",
+        )
+
+
+# Function.apply without its check for torch.func: the dispatcher has already taken this op to one level of autograd.
+_apply = super(torch.autograd.Function, _Differentiable).apply  # type: ignore[misc]
+
+
+def _wants_derivative(flat: Sequence[Tensor | None]) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
+
+
+def _autograd(name: str, text: str, *args: Any) -> list[Tensor]:
+    """The op's kernel at the autograd key."""
+
+    grad_mode = torch.is_grad_enabled()
+
+    def below(*arguments: Any) -> list[Tensor]:
+        # autograd.Function turns grad mode off; torch.func's outer levels, which run below here, need it as it was.
+        with torch.set_grad_enabled(grad_mode), torch._C._AutoDispatchBelowAutograd():
+            return _op(name)(*arguments)  # type: ignore[no-any-return]
+
+    flat = _flatten(args)
+    if not _wants_derivative(flat):
+        return below(text, *args)
+    with enable_single_level_autograd_function():
+        return list(_apply(below, name, text, args, *flat))
+
+
+def _flatten(args: Sequence[Any]) -> list[Any]:
+    """The tensors among arguments: lists are opened, text is dropped."""
+    flat: list[Any] = []
+    for arg in args:
+        if isinstance(arg, list):
+            flat += arg
+        elif not isinstance(arg, str):
+            flat.append(arg)
+    return flat
+
+
+def _nest(args: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
+    """`args` with its tensors taken from `flat` again."""
+    rest = iter(flat)
+    return [
+        [next(rest) for _ in arg]
+        if isinstance(arg, list)
+        else arg
+        if isinstance(arg, str)
+        else next(rest)
+        for arg in args
+    ]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _direct(tensors: Sequence[Tensor | None]) -> bool:
+    """Nothing stands between the call and the kernel."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd.profiler._is_profiler_enabled
+        and all(x is None or type(x) in _PLAIN for x in tensors)
+    )
+
+
+def call(name: str, text: str, *args: Any) -> list[Tensor]:
+    """Run an op of the family; `args` follow its schema."""
+    if torch.compiler.is_compiling():
+        return _op(name)(text, *args)  # type: ignore[no-any-return]
+    flat = _flatten(args)
+    if not _direct(flat):
+        return _op(name)(text, *args)  # type: ignore[no-any-return]
+    kernel = OPERATORS[name].kernel
+    if _wants_derivative(flat):
+        return list(_apply(kernel, name, text, args, *flat))
+    return kernel(text, *args)
+
+
+def scan(
+    text: str,
+    inputs: list[Tensor],
+    states: list[Tensor],
+    cu_seqlens: Tensor | None,
+    options: Options,
+) -> list[Tensor]:
+    """o [B, T, H, *axes] and the final states [N, H, *axes] of whole sequences; `states` empty means zeros."""
+    if torch.compiler.is_compiling():
+        return call("scan", text, inputs, states, cu_seqlens, options.text)
+    program = parse(text)
+    inputs = transforms.autocast(program, inputs)
+    check(program, inputs, states, cu_seqlens)
+    results = call("scan", text, inputs, states, cu_seqlens, options.text)
+    return results[: 1 + len(program.states)]
+
+
+def step(text: str, inputs: list[Tensor], states: list[Tensor], options: Options) -> list[Tensor]:
+    """o [B, H, *axes] and the next states of one decode step; `states` empty means zeros."""
+    if not torch.compiler.is_compiling():
+        program = parse(text)
+        inputs = transforms.autocast(program, inputs)
+        check(program, inputs, states, None, step=True)
+    return call("step", text, inputs, states, options.text)
+
+
+for _name, _operator in OPERATORS.items():
+    _register(_name, _operator)
