@@ -1,6 +1,6 @@
-"""Checks of a call before any work. Shapes, dtypes and devices always; values on the CPU and under debug.
+"""Checks before any work: shapes, dtypes, devices always; values on the CPU and under debug.
 
-The shape checks run on fake tensors too (the ops' fake kernels call them), so `torch.compile` reports the same errors.
+The ops' fake kernels run the shape checks too, so `torch.compile` reports the same errors.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lmoe_compiler.errors import (
     ShapeMismatch,
 )
 from lmoe_compiler.ir.nodes import Program, Var
-from lmoe_compiler.layout import first_token, gates, leading, measure
+from lmoe_compiler.layout import Spec, first_token, gates, leading, measure
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check(
     program: Program,
-    inputs: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cu_seqlens: Tensor | None,
+    inputs: Sequence[Spec],
+    states: Sequence[Spec],
+    cu_seqlens: Spec | None,
     *,
     step: bool = False,
 ) -> None:
@@ -37,9 +37,9 @@ def check(
     assert len(inputs) == len(program.inputs), (len(inputs), program.inputs)
     tensors = list(zip(program.inputs, inputs, strict=True))
     for var, x in tensors:
-        if x.dim() != len(leading(var, step=step)) + len(var.axes):
+        if len(x.shape) != len(leading(var, step=step)) + len(var.axes):
             raise ShapeMismatch(
-                f"{var.name} has {x.dim()} dimensions, shape {_shape(x)}",
+                f"{var.name} has {len(x.shape)} dimensions, shape {_shape(x)}",
                 where=_where(program, var),
                 why=f"it is declared {_declared(var)}, so it is {_layout(var, step)}",
                 try_=_rank_fix(var, x, step),
@@ -81,7 +81,7 @@ def check_values(
             )
 
 
-def _check_dtypes(program: Program, inputs: Sequence[Tensor]) -> None:
+def _check_dtypes(program: Program, inputs: Sequence[Spec]) -> None:
     loose = gates(program) | {var.name for var in program.inputs if var.kind == "head"}
     main: tuple[str, torch.dtype] | None = None
     for var, x in zip(program.inputs, inputs, strict=True):
@@ -114,7 +114,7 @@ def _check_dtypes(program: Program, inputs: Sequence[Tensor]) -> None:
 
 
 def _check_devices(
-    program: Program, inputs: Sequence[Tensor], states: Sequence[Tensor], cu_seqlens: Tensor | None
+    program: Program, inputs: Sequence[Spec], states: Sequence[Spec], cu_seqlens: Spec | None
 ) -> None:
     device = inputs[0].device
     named = [(var.name, x) for var, x in zip(program.inputs, inputs, strict=True)]
@@ -131,7 +131,7 @@ def _check_devices(
             )
 
 
-def _check_sizes(program: Program, inputs: Sequence[Tensor], step: bool) -> None:
+def _check_sizes(program: Program, inputs: Sequence[Spec], step: bool) -> None:
     """Each dimension name has one size; head counts divide the widest."""
     seen: dict[str, tuple[str, int]] = {
         axis: ("the definition", size) for axis, size in program.static
@@ -159,7 +159,7 @@ def _check_sizes(program: Program, inputs: Sequence[Tensor], step: bool) -> None
             )
 
 
-def _check_cu_seqlens(program: Program, cu_seqlens: Tensor, token: Tensor) -> None:
+def _check_cu_seqlens(program: Program, cu_seqlens: Spec, token: Spec) -> None:
     where, length = f"the call of {program.name}", token.shape[1]
     example = f"cu_seqlens=torch.tensor([0, ..., {length}], dtype=torch.int32)"
     if cu_seqlens.dtype != torch.int32:
@@ -169,7 +169,7 @@ def _check_cu_seqlens(program: Program, cu_seqlens: Tensor, token: Tensor) -> No
             why="kernels read int32 offsets",
             try_="cu_seqlens=cu_seqlens.to(torch.int32)",
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:
         raise InvalidCuSeqlens(
             f"cu_seqlens has shape {_shape(cu_seqlens)}",
             where=where,
@@ -187,9 +187,9 @@ def _check_cu_seqlens(program: Program, cu_seqlens: Tensor, token: Tensor) -> No
 
 def _check_states(
     program: Program,
-    inputs: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cu_seqlens: Tensor | None,
+    inputs: Sequence[Spec],
+    states: Sequence[Spec],
+    cu_seqlens: Spec | None,
     step: bool,
 ) -> None:
     name = "state" if step else "initial_state"
@@ -205,7 +205,7 @@ def _check_states(
     sizes = measure(program, inputs, (), cu_seqlens, step=step)
     for var, x in zip(program.states, states, strict=True):
         known = all(axis in sizes.dims for axis in var.axes)
-        rank = x.dim() == 2 + len(var.axes)
+        rank = len(x.shape) == 2 + len(var.axes)
         if not rank or (known and tuple(x.shape) != sizes.state(var)):
             expected = [*map(str, (sizes.documents, sizes.heads))]
             expected += [str(sizes.dims.get(axis, axis)) for axis in var.axes]
@@ -225,7 +225,7 @@ def _check_states(
             )
 
 
-def _shape(x: Tensor) -> str:
+def _shape(x: Spec) -> str:
     return f"[{', '.join(str(n) for n in x.shape)}]"
 
 
@@ -247,9 +247,9 @@ def _where(program: Program, var: Var) -> str:
     return f"argument {var.name} of {program.name}{line}"
 
 
-def _rank_fix(var: Var, x: Tensor, step: bool) -> str:
+def _rank_fix(var: Var, x: Spec, step: bool) -> str:
     names = (*leading(var, step=step), *var.axes)
-    if x.dim() + 1 == len(names) and var.kind == "token":
+    if len(x.shape) + 1 == len(names) and var.kind == "token":
         return f"{var.name}.unsqueeze({names.index('H')})  # if there is one head"
     return f"{var.name} = torch.randn({', '.join(names)})"
 

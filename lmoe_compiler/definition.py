@@ -26,6 +26,7 @@ from lmoe_compiler.ir.nodes import Bound, Loc, Program, Transition, Var
 from lmoe_compiler.ir.parse import parse as parse_text
 from lmoe_compiler.ir.sequence import over_tokens
 from lmoe_compiler.ir.spec import verify
+from lmoe_compiler.ir.text import print_program
 from lmoe_compiler.operations import another
 from lmoe_compiler.trace import default_float, trace
 
@@ -90,6 +91,18 @@ class Recurrence:
     def ir(self) -> Program:
         """The program; of a recurrence with static dims, the one where each has length 2."""
         return self.program(**dict.fromkeys(self.static_dims, 2))
+
+    @torch.compiler.assume_constant_result
+    def text(self, **sizes: int) -> str:
+        """The printed program: the first argument of the ops in library.py."""
+        key = tuple(sizes.items())
+        if key not in self._texts:
+            self._texts[key] = print_program(self.program(**sizes))
+        return self._texts[key]
+
+    @cached_property
+    def _texts(self) -> dict[tuple[tuple[str, int], ...], str]:
+        return {}
 
     @property
     def transition(self) -> Transition:

@@ -22,6 +22,9 @@ class LmoeError(Exception):
                 parts.append(f"  {label + ':':<7}" + indent(part, " " * 9).lstrip())
         return "\n".join(parts)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self}"
+
 
 # -- step functions and programs ------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ from lmoe_compiler.errors import NoSpanMap
 from lmoe_compiler.ir.nodes import Decay, Node, Program, Read, Step, Var, topological
 
 T = TypeVar("T")
+
+
+class Spec(NamedTuple):
+    """What the checks of a call look at; a tensor has the same attributes."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def spec(x: Tensor) -> Spec:
+    return Spec(x.shape, x.dtype, x.device)
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,9 @@ def leading(var: Var, *, step: bool) -> tuple[str, ...]:
 
 def measure(
     program: Program,
-    inputs: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cu_seqlens: Tensor | None,
+    inputs: Sequence[Tensor | Spec],
+    states: Sequence[Tensor | Spec],
+    cu_seqlens: Tensor | Spec | None,
     *,
     step: bool = False,
 ) -> Sizes:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -397,17 +397,49 @@ def _direct(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
+def _check(text: str, specs: tuple[Any, ...], num_inputs: int, step: bool) -> None:
+    """The checks of a plain call: for sizes that were seen before they cost a look-up."""
+    *tensors, cu_seqlens = [None if given is None else layout.Spec(*given) for given in specs]
+    inputs, states = tensors[:num_inputs], tensors[num_inputs:]
+    check(parse(text), inputs, states, cu_seqlens, step=step)
+
+
 def call(name: str, text: str, *args: Any) -> list[Tensor]:
-    """Run an op of the family; `args` follow its schema."""
-    if torch.compiler.is_compiling():
-        return _op(name)(text, *args)  # type: ignore[no-any-return]
+    """Run an op of the family on arguments that follow its schema and were checked."""
     flat = _flatten(args)
-    if not _direct(flat):
+    if torch.compiler.is_compiling() or not _direct(flat):
         return _op(name)(text, *args)  # type: ignore[no-any-return]
+    return _run(name, text, args, flat)
+
+
+def _run(name: str, text: str, args: tuple[Any, ...], flat: list[Tensor | None]) -> list[Tensor]:
     kernel = OPERATORS[name].kernel
     if _wants_derivative(flat):
         return list(_apply(kernel, name, text, args, *flat))
     return kernel(text, *args)
+
+
+def _checked_call(
+    name: str,
+    text: str,
+    inputs: list[Tensor],
+    states: list[Tensor],
+    cu_seqlens: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        return _op(name)(text, inputs, states, *rest)  # type: ignore[no-any-return]
+    program, step = parse(text), name == "step"
+    inputs = transforms.autocast(program, inputs)
+    flat = [*inputs, *states, cu_seqlens]
+    if not _direct(flat):
+        check(program, inputs, states, cu_seqlens, step=step)
+        return _op(name)(text, inputs, states, *rest)  # type: ignore[no-any-return]
+    specs = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in flat])
+    _check(text, specs, len(inputs), step)
+    args = (inputs, states, *rest)
+    return _run(name, text, args, flat[:-1] if step else flat)
 
 
 def scan(
@@ -417,23 +449,13 @@ def scan(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> list[Tensor]:
-    """o [B, T, H, *axes] and the final states [N, H, *axes] of whole sequences; `states` empty means zeros."""
-    if torch.compiler.is_compiling():
-        return call("scan", text, inputs, states, cu_seqlens, options.text)
-    program = parse(text)
-    inputs = transforms.autocast(program, inputs)
-    check(program, inputs, states, cu_seqlens)
-    results = call("scan", text, inputs, states, cu_seqlens, options.text)
-    return results[: 1 + len(program.states)]
+    """o [B, T, H, *axes], the final states [N, H, *axes], then what the backward keeps. No `states` means zeros."""
+    return _checked_call("scan", text, inputs, states, cu_seqlens, cu_seqlens, options.text)
 
 
 def step(text: str, inputs: list[Tensor], states: list[Tensor], options: Options) -> list[Tensor]:
-    """o [B, H, *axes] and the next states of one decode step; `states` empty means zeros."""
-    if not torch.compiler.is_compiling():
-        program = parse(text)
-        inputs = transforms.autocast(program, inputs)
-        check(program, inputs, states, None, step=True)
-    return call("step", text, inputs, states, options.text)
+    """o [B, H, *axes] and the next states of one decode step; no `states` means zeros."""
+    return _checked_call("step", text, inputs, states, None, options.text)
 
 
 for _name, _operator in OPERATORS.items():
