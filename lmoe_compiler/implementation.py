@@ -1,6 +1,6 @@
-"""Which code runs an op: ATen (lower/execute.py) or the generated Triton kernels (codegen/run.py).
+"""Which code runs an op: ATen (lower/execute.py), Triton (codegen/run.py) or the interpreter.
 
-The choice is a function of program, device and options alone, so that a fake tensor gets the same answer as a real one.
+The choice depends on program, device and options alone, so a fake tensor gets the same answer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from lmoe_compiler.ir.nodes import Program
 
 Tensors = Sequence[Tensor]
 Saved = tuple[Tensor, list[Tensor], list[Tensor]]
+
+TORCH, TRITON = "lmoe_compiler.lower.execute", "lmoe_compiler.codegen.run"
+if importlib.util.find_spec(TORCH) is None:  # until the chunk lowering lands
+    TORCH = "lmoe_compiler.interpreted"
 
 
 class Implementation(Protocol):
@@ -67,22 +71,22 @@ class Implementation(Protocol):
 
 def choose(program: Program, inputs: Tensors, options: Options) -> Implementation:
     """The implementation of this call; raises where `triton` was asked for and cannot run."""
-    cuda = inputs[0].device.type == "cuda"
-    if options.implementation in ("torch", "reference") or (
-        options.implementation == "auto" and not cuda
-    ):
-        return _module("lmoe_compiler.lower.execute")
+    wanted = options.implementation
+    if wanted == "reference":
+        return _module("lmoe_compiler.interpreted")
+    if wanted == "torch" or (wanted == "auto" and inputs[0].device.type != "cuda"):
+        return _module(TORCH)
     reason = _why_no_kernels(program, inputs, options)
     if reason is None:
-        return _module("lmoe_compiler.codegen.run")
-    if options.implementation == "triton":
+        return _module(TRITON)
+    if wanted == "triton":
         raise ImplementationUnavailable(
             f'implementation="triton" cannot run {program.name} here',
             why=reason,
             try_='r.with_options(implementation="auto")',
         )
     _say_once(f"{program.name} runs with torch instead of generated kernels: {reason}")
-    return _module("lmoe_compiler.lower.execute")
+    return _module(TORCH)
 
 
 def _why_no_kernels(program: Program, inputs: Tensors, options: Options) -> str | None:
@@ -90,7 +94,7 @@ def _why_no_kernels(program: Program, inputs: Tensors, options: Options) -> str 
         return "triton is not installed (pip install 'lmoe-compiler[gpu]')"
     if inputs[0].device.type != "cuda" and not _interpreted():
         return f"the inputs are on {inputs[0].device}, and kernels run on CUDA devices only"
-    unsupported = getattr(_module("lmoe_compiler.codegen.run"), "unsupported", None)
+    unsupported = getattr(_module(TRITON), "unsupported", None)
     reason: str | None = unsupported(program, inputs, options) if unsupported else None
     return reason
 
