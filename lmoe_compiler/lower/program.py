@@ -2,19 +2,22 @@
 
 Same nodes as the recurrence IR (ir/nodes.py), with the row axis `t` on every token and `s` for source rows.
 Leaves are `input` nodes:
-  a token  `q`      axes (t, K)        its rows of this chunk; rows past the end hold zeros
+  a token  `q`      axes (t, K)        its rows of this chunk; rows past the end repeat a row of the sequence or
+                                       hold zeros, and must not make a token-local expression infinite
   a head   `u`      axes (K,)          per-head parameter
   a state  `S`      axes (K, V)        the state at the chunk's entry
   `valid`           axes (t,)          1 for a real token, 0 for padding after the end (always declared)
 and in an adjoint also
   `d.o`             axes of the output gradient of the output, zero in padding rows
   `d.S`             axes of the state  gradient of the chunk's exit state
-Reads needed by the output are inlined. Next: chunk.py builds it, adjoint.py differentiates it.
+Reads needed by the output are inlined. An expression that lacks an axis of what it stands for is the same along it.
+Next: chunk.py builds it, adjoint.py differentiates it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lmoe_compiler.ir.nodes import Node, Program, Var
 
@@ -23,11 +26,16 @@ VALID = "valid"
 
 @dataclass(frozen=True)
 class ChunkProgram:
-    """Forward: `next_states[i]` is the exit value of `program.states[i]`; `output` has axis t."""
+    """Forward: `next_states[i]` is the exit value of `program.states[i]`; `output` has axis t.
+
+    `roles` names values that a planner may want in memory: "scores READ J" [t, s] (group J read by READ), and for a
+    state with feedback "matrix S" (strictly lower, of `solve`), "rhs S" and "solution S" (U, or Y of one group).
+    """
 
     program: Program
     next_states: tuple[Node, ...]
     output: Node
+    roles: Mapping[str, Node] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
