@@ -30,8 +30,9 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     position [..., T].
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (position.float()[..., None] * frequency)[..., None, :]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angle = (position[..., None] * frequency)[..., None, :]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -127,7 +127,8 @@ class LinearMoEForCausalLM(nn.Module):
         aux_loss, z_loss, load = _over_layers(routings, x)
         if labels is None:
             return CausalLMOutput(logits, None, None, aux_loss, z_loss, load)
-        cross_entropy = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        cross_entropy = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten())
         config = self.config
         loss = cross_entropy + config.aux_loss_weight * aux_loss + config.z_loss_weight * z_loss
         return CausalLMOutput(logits, loss, cross_entropy, aux_loss, z_loss, load)

@@ -66,7 +66,8 @@ class SoftplusLogDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rate = self.A_log.exp().view(-1, *[1] * (self.dt_bias.ndim - 1))
-        return -rate * F.softplus(x.float() + self.dt_bias)
+        # A sum with a float32 parameter: the decay is float32 or wider.
+        return -rate * F.softplus(x + self.dt_bias)
 
 
 # -- initial values of learned inputs ------------------------------------------------------------

@@ -30,7 +30,7 @@ class Routing(NamedTuple):
     ids: Tensor  # [N, k] int64
     aux_loss: Tensor  # scalar, 1 when balanced
     z_loss: Tensor  # scalar
-    load: Tensor  # [E] tokens per expert, float32
+    load: Tensor  # [E] tokens per expert
 
 
 def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
@@ -44,7 +44,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
     weights, ids = probabilities.topk(top_k, dim=-1)
     if renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    load = F.one_hot(ids, logits.shape[-1]).sum(dim=(0, 1)).float()
+    load = F.one_hot(ids, logits.shape[-1]).sum(dim=(0, 1)).to(logits.dtype)
     share = load / max(1, ids.numel())
     aux_loss = logits.shape[-1] * (share * probabilities.mean(dim=0)).sum()
     z_loss = logits.logsumexp(dim=-1).square().mean()
@@ -88,9 +88,10 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         rows = x.flatten(0, -2)
-        # The router stays in float32: a rounded logit changes who is chosen.
+        # The router stays in float32 or wider: a rounded logit changes who is chosen.
+        wide = torch.promote_types(self.router.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(rows.float(), self.router.weight.float())
+            logits = F.linear(rows.to(wide), self.router.weight.to(wide))
         routing = route(logits, self.top_k, self.renormalise)
         y = torch.ops.lmoe.experts(rows, routing.weights, routing.ids, self.gate_up, self.down)
         y = y.view_as(x)
