@@ -8,11 +8,13 @@ losses on CPU. A run is measured in `progress`, 0 to 1: steps of `steps`, or sec
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -64,6 +66,27 @@ def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
+@contextmanager
+def stop_when_asked() -> Iterator[list[int]]:
+    """Ctrl-C or a termination signal ends the run after its step, so that a whole one is saved.
+
+    Yields a list that stays empty until then. A second Ctrl-C interrupts at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Trainer:
     """One model, its optimiser and the run's folder."""
 
@@ -92,19 +115,15 @@ class Trainer:
         logs = Logs(self.run, self.clock.step)
         try:
             self._compile()
-            while self.progress < 1:
-                self._step(logs)
-                due = int(self.progress * self.config.evaluations)
-                if due > self.clock.evaluations and self.progress < 1:
-                    self.clock.evaluations = due
-                    self._evaluate(logs, self.config.evaluation_tokens, overlap=False)
-                    self.save()
+            with stop_when_asked() as stop:
+                while self.progress < 1 and not stop:
+                    self._step(logs)
+                    self._evaluate_if_due(logs)
+            if stop:
+                self.save()
+                raise KeyboardInterrupt
             bits = self._evaluate(logs, self.config.final_tokens, overlap=True)
             self.save()
-        except KeyboardInterrupt:
-            folder = self.save()
-            self.display.say(f"stopped; lmoe train --resume {folder.parent} continues")
-            raise
         finally:
             logs.close()
         return bits
@@ -196,6 +215,13 @@ class Trainer:
         raise diagnose.non_finite(what, self.clock.step + 1, where, str(saved[-1]) if saved else "")
 
     # -- held-out text ---------------------------------------------------------------------------
+
+    def _evaluate_if_due(self, logs: Logs) -> None:
+        due = int(self.progress * self.config.evaluations)
+        if due > self.clock.evaluations and self.progress < 1:
+            self.clock.evaluations = due
+            self._evaluate(logs, self.config.evaluation_tokens, overlap=False)
+            self.save()
 
     def _evaluate(self, logs: Logs, limit: int, overlap: bool) -> float:
         begin = time.monotonic()

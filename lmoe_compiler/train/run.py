@@ -114,6 +114,7 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> int:
     try:
         bits = trainer.train()
     except KeyboardInterrupt:
+        display.say(f"stopped and saved; lmoe train --resume {run} continues")
         return 130
     finally:
         display.close()
