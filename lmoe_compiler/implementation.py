@@ -22,8 +22,6 @@ Tensors = Sequence[Tensor]
 Saved = tuple[Tensor, list[Tensor], list[Tensor]]
 
 TORCH, TRITON = "lmoe_compiler.lower.execute", "lmoe_compiler.codegen.run"
-if importlib.util.find_spec(TORCH) is None:  # until the chunk lowering lands
-    TORCH = "lmoe_compiler.interpreted"
 
 
 class Implementation(Protocol):

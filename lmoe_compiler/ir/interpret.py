@@ -66,7 +66,7 @@ def evaluate(
     roots = list(roots)
     values: dict[Node, Value] = dict(env)
     like = next(iter(env.values())).tensor
-    for node in topological(roots):
+    for node in topological(roots, env):
         if node not in values:
             values[node] = _apply(node, [values[a] for a in node.args], sizes, like, rules or {})
     return [values[root] for root in roots]

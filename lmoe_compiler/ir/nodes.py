@@ -31,7 +31,7 @@ with two more axes: `t`, the rows of one chunk, and `s`, the same rows seen as a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -142,8 +142,8 @@ def const(value: float, loc: Loc | None = None) -> Node:
     return make("const", value=float(value), loc=loc)
 
 
-def topological(roots: Iterable[Node]) -> Iterator[Node]:
-    """Every node below `roots` once, operands first (iterative: chunk adjoints are deep)."""
+def topological(roots: Iterable[Node], known: Container[Node] = ()) -> Iterator[Node]:
+    """Every node below `roots` once, operands first, not looking below `known` (iterative: adjoints are deep)."""
     seen: set[Node] = set()
     stack = [(root, False) for root in reversed(list(roots))]
     while stack:
@@ -153,7 +153,8 @@ def topological(roots: Iterable[Node]) -> Iterator[Node]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((arg, False) for arg in reversed(node.args) if arg not in seen)
+            if node not in known:
+                stack.extend((arg, False) for arg in reversed(node.args) if arg not in seen)
 
 
 @dataclass(frozen=True)
