@@ -78,6 +78,65 @@ class Options:
         return Options().with_(values)
 
 
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `lmoe.compile(...)` and `torch.compile(..., backend="lmoe", options={...})` understand.
+
+    inner: the compiler below our passes. disable: names of passes to leave out. mode, inductor: Inductor's settings.
+    mesh, sequence_parallel, expert_parallel (names of mesh axes) and sequence_dim: how the model is spread over ranks.
+    record: an object that keeps what happened (passes/base.py); `lmoe.explain` sets it.
+    """
+
+    inner: str = "inductor"
+    disable: tuple[str, ...] = ()
+    mesh: Any = None
+    sequence_parallel: str | None = None
+    expert_parallel: str | None = None
+    sequence_dim: int = 1
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    record: Any = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> CompileOptions:
+        """Checked options from the dictionary of `torch.compile(options=...)`."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise InvalidOption(
+                    f"the backend has no option {name!r}",
+                    why=f"options are {', '.join(known[:-1])}",
+                    try_='torch.compile(model, backend="lmoe", options={"inner": "aot_eager"})',
+                )
+        disable = given.get("disable", ())
+        names = (disable,) if isinstance(disable, str) else tuple(disable)
+        return cls(**{**given, "disable": names})
+
+    def __post_init__(self) -> None:
+        if self.inner not in INNER:
+            raise InvalidOption(
+                f"inner={self.inner!r} is not a compiler",
+                why=f"below our passes there is {', '.join(INNER)}",
+                try_='lmoe.compile(model, inner="aot_eager")',
+            )
+        for name in ("sequence_parallel", "expert_parallel"):
+            axis = getattr(self, name)
+            if axis is None:
+                continue
+            names = tuple(getattr(self.mesh, "mesh_dim_names", None) or ())
+            if axis not in names:
+                raise InvalidOption(
+                    f"{name}={axis!r} is not an axis of the mesh",
+                    why=f"the mesh has {', '.join(names) or 'no named axes'}"
+                    if self.mesh is not None
+                    else "no mesh was given",
+                    try_=f'mesh=init_device_mesh("cuda", (8,), mesh_dim_names=("{axis}",))',
+                )
+
+
 @dataclass(frozen=True)
 class Environment:
     """The LMOE_* variables, checked."""

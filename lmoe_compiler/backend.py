@@ -1,0 +1,136 @@
+"""Stop 8 of the walk: the `torch.compile` backend. Dynamo's graph -> our passes -> AOTAutograd -> Inductor.
+
+    torch.compile(model, backend="lmoe", options={"inner": "aot_eager"})      # found by entry point
+    lmoe.compile(model, mesh=mesh, sequence_parallel="sp")                    # the same with names
+
+Recurrences and expert blocks arrive as single nodes; that is the mark that passes look for. Next: passes/__init__.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ParamSpec, TypeVar, overload
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.nn import Module
+
+from lmoe_compiler.config import CompileOptions
+from lmoe_compiler.debug import show
+from lmoe_compiler.passes import pipeline
+from lmoe_compiler.passes.base import GraphRecord, Record, readable
+from lmoe_compiler.passes.match import find
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound=Module)
+Inner = Callable[[fx.GraphModule, Sequence[Any], CompileOptions, GraphRecord, bool], Any]
+
+
+def lmoe_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph of `torch.compile(..., backend="lmoe")`."""
+    chosen = CompileOptions.of({"mode": mode, **(options or {})})
+    record: Record = chosen.record or Record()
+    graph = GraphRecord(programs=_programs(gm))
+    record.graphs.append(graph)
+    show("fx", "graph of the model", lambda: readable(gm))
+    pipeline(chosen).run(gm, graph, texts=record.texts)
+    inner = INNER_COMPILERS[chosen.inner]
+    return inner(gm, example_inputs, chosen, graph, record.texts)  # type: ignore[no-any-return]
+
+
+def _programs(gm: fx.GraphModule) -> tuple[tuple[str, str], ...]:
+    """The recurrences of a graph: (text, options), each once."""
+    calls = find(gm, torch.ops.lmoe.scan, torch.ops.lmoe.step)
+    return tuple(dict.fromkeys((str(node.args[0]), str(node.args[-1])) for node in calls))
+
+
+def _inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: CompileOptions,
+    graph: GraphRecord,
+    texts: bool,
+) -> Any:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
+
+
+def _aot_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: CompileOptions,
+    graph: GraphRecord,
+    texts: bool,
+) -> Any:
+    def lowered(direction: str, aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        if texts:
+            graph.lowered.append((direction, readable(aten)))
+        show("fx", f"{direction} after AOTAutograd", lambda: readable(aten))
+        return make_boxed_func(aten.forward)
+
+    compiler = aot_autograd(
+        fw_compiler=partial(lowered, "forward"),
+        bw_compiler=partial(lowered, "backward"),
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )
+    return compiler(gm, example_inputs)
+
+
+def _eager(gm: fx.GraphModule, *_: Any) -> Any:
+    return gm.forward
+
+
+INNER_COMPILERS: dict[str, Inner] = {
+    "inductor": _inductor,
+    "aot_eager": _aot_eager,
+    "eager": _eager,
+}
+
+
+@overload
+def compile(model: M, /, **options: Any) -> M: ...
+@overload
+def compile(model: Callable[P, R], /, **options: Any) -> Callable[P, R]: ...
+@overload
+def compile(
+    model: None = None, /, **options: Any
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def compile(
+    model: Any = None,
+    /,
+    *,
+    fullgraph: bool | None = None,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Any:
+    """`torch.compile` with our backend, for a function or a module; also as a decorator, with or without arguments.
+
+    fullgraph, dynamic: as in torch.compile; a model that is spread over ranks has to be one graph.
+    options: those of config.CompileOptions (inner, disable, mesh, sequence_parallel, expert_parallel, ...).
+    """
+    if model is None:
+        return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
+    chosen = CompileOptions.of(options)
+    spread = chosen.sequence_parallel is not None or chosen.expert_parallel is not None
+    return torch.compile(
+        model,
+        backend=lmoe_backend,
+        options=options,
+        fullgraph=spread if fullgraph is None else fullgraph,
+        dynamic=dynamic,
+    )

@@ -1,0 +1,101 @@
+"""Editing a Dynamo graph: insert calls whose values are known at once, and say where a node comes from.
+
+An inserted node is one call of an ordinary function; AOTAutograd traces into it later, which is what derives its
+backward. Its fake value is computed on insertion, so the passes after it see sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
+    """The fake mode of the graph's values."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def run(node: fx.Node) -> Any:
+    """Call what the node calls, on its operands' fake values."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["example_value"]
+
+
+def where(node: fx.Node) -> str:
+    """The layer and the user's line of a node."""
+    modules = node.meta.get("nn_module_stack") or {}
+    layer = next((path for path, _ in reversed(list(modules.values()))), "")
+    lines = [line for line in (node.stack_trace or "").splitlines() if line.strip()]
+    return ": ".join(part for part in (clean(layer), "\n".join(lines[-2:]).strip()) if part)
+
+
+def layer_of(node: fx.Node) -> str:
+    """Path of the module that a node came from, as named_modules has it."""
+    modules = node.meta.get("nn_module_stack") or {}
+    return clean(next((path for path, _ in reversed(list(modules.values()))), "")) or "model"
+
+
+def clean(path: str) -> str:
+    """Dynamo's "L['self'].layers.0.mixer" -> "layers.0.mixer"."""
+    for noise in ("L['self']._modules", "L['self'].", "L['self']", "L['fn']."):
+        path = path.replace(noise, "")
+    for opening in ("['", "_modules"):
+        path = path.replace(opening, "." if opening == "['" else "")
+    return path.replace("']", "").strip(".")
+
+
+class Editor:
+    """Inserts nodes before `anchor`, named after the pass that made them."""
+
+    def __init__(self, gm: fx.GraphModule, made_by: str) -> None:
+        self.gm, self.made_by, self.mode = gm, made_by, fake_mode_of(gm)
+        self.anchor: fx.Node = next(iter(gm.graph.nodes))
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """One call before the anchor; operands are nodes and plain data."""
+        with self.gm.graph.inserting_before(self.anchor):
+            node = self.gm.graph.call_function(function, args, kwargs)
+        for key in ("nn_module_stack", "source_fn_stack"):
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
+        node.meta["lmoe"] = self.made_by
+        with self.mode or contextlib.nullcontext():
+            node.meta["example_value"] = run(node)
+        return node
+
+    def data(self, name: str, value: Tensor) -> fx.Node:
+        """A tensor that differs between ranks, as a buffer: the only way in which a rank enters a graph."""
+        if not hasattr(self.gm, name):
+            self.gm.register_buffer(name, value, persistent=False)
+        with self.gm.graph.inserting_before(self.anchor):
+            node = self.gm.graph.get_attr(name)
+        node.meta["lmoe"] = self.made_by
+        node.meta["example_value"] = (
+            value if self.mode is None else self.mode.from_tensor(value, static_shapes=True)
+        )
+        return node
+
+    def finish(self) -> None:
+        """Check the graph and make it run."""
+        self.gm.graph.lint()
+        self.gm.recompile()
+
+
+def device_of(value: Any) -> torch.device:
+    return value.device if isinstance(value, Tensor) else torch.device("cpu")
