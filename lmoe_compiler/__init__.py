@@ -1,7 +1,18 @@
 """Write a linear sequence model's recurrence once, for one token; the compiler derives the rest."""
 
 from lmoe_compiler import errors
+from lmoe_compiler.backend import compile
 from lmoe_compiler.definition import Recurrence, parse, recurrence
 from lmoe_compiler.dims import Dim, Head, State, Token
 
-__all__ = ["Dim", "Head", "Recurrence", "State", "Token", "errors", "parse", "recurrence"]
+__all__ = [
+    "Dim",
+    "Head",
+    "Recurrence",
+    "State",
+    "Token",
+    "compile",
+    "errors",
+    "parse",
+    "recurrence",
+]

@@ -14,9 +14,6 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import Module
 
 from lmoe_compiler.config import CompileOptions
@@ -76,6 +73,10 @@ def _aot_eager(
     graph: GraphRecord,
     texts: bool,
 ) -> Any:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
     def lowered(direction: str, aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if texts:
             graph.lowered.append((direction, readable(aten)))

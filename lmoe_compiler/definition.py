@@ -92,7 +92,6 @@ class Recurrence:
         """The program; of a recurrence with static dims, the one where each has length 2."""
         return self.program(**dict.fromkeys(self.static_dims, 2))
 
-    @torch.compiler.assume_constant_result
     def text(self, **sizes: int) -> str:
         """The printed program: the first argument of the ops in library.py."""
         key = tuple(sizes.items())
@@ -159,6 +158,11 @@ class Recurrence:
     def bind(self, args: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
         """Positional and named inputs in the signature's order."""
         return call.bind(self, args, named)
+
+
+# Dynamo calls `text` while tracing and takes its result as a constant: torch.compiler.assume_constant_result without
+# the import of torch._dynamo that comes with it.
+Recurrence.text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _batched(
