@@ -36,7 +36,7 @@ LAYERS = (
     ("checks", "transforms", "implementation"),
     ("interpreted",),
     ("library", "experts"),
-    ("call",),
+    ("interpreted", "call"),
     ("definition",),
     ("passes",),
     ("backend", "report"),
