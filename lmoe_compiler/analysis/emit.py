@@ -1,0 +1,277 @@
+"""Index polynomials back to expressions, canonically; values of states become reads on the way.
+
+A sum of three or more terms that the user wrote as one expression (a square, a product of sums) is taken over as
+written: expanding it would lose digits. Everything else is built anew, so spellings end in one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+
+from lmoe_compiler.analysis.classify import content
+from lmoe_compiler.analysis.functions import ONE, the_function
+from lmoe_compiler.analysis.poly import (
+    Atom,
+    Factor,
+    Monomial,
+    Poly,
+    add,
+    atom,
+    close_atom,
+    components,
+    dim,
+    is_bound,
+    is_free,
+    labels_of,
+    mul,
+    open_atom,
+    relabel,
+    scale,
+)
+from lmoe_compiler.ir.nodes import Loc, Node, Var, const, input_, make
+from lmoe_compiler.operations import Context, another, relabel as rename_axes
+
+# (state, version, vector or None, axis, labels of the result) -> the read's name
+ReadMaker = Callable[[str, int, Poly | None, str], str]
+AS_WRITTEN = 3
+
+
+class Emitter:
+    """Builds expressions. `inputs`: declared axes by name; `written`: the user's expressions, by polynomial."""
+
+    def __init__(
+        self, inputs: Iterable[Var], states: Iterable[Var], opaque: Mapping[str, Node], read: ReadMaker
+    ) -> None:
+        self.inputs = {v.name: v.node for v in inputs}
+        self.state_axes = {v.name: v.axes for v in states}
+        self.opaque = opaque
+        self.read = read
+        self.written: dict[str, tuple[Node, tuple[str, ...]]] = {}
+        self.lines: dict[str, Loc] = {}
+        self.loc: Loc | None = None
+        self.known: dict[str, Node] = {}
+
+    def remember(self, polynomials: Mapping[Node, Poly]) -> None:
+        """Take note of what the user wrote, for `AS_WRITTEN` sums and for source lines."""
+        for node, p in polynomials.items():
+            if node.loc is not None and node.op not in ("input", "const"):
+                self.lines.setdefault(p.key, node.loc)
+            if len(p) >= AS_WRITTEN and not p.states:
+                name, labels = _signature(p)
+                self.written.setdefault(name, (node, labels))
+
+    def line_of(self, p: Poly) -> Loc | None:
+        return self.lines.get(p.key, self.loc)
+
+    def node(self, p: Poly) -> Node:
+        """An expression of the value of `p`; its axes are p's free labels."""
+        if p.states:
+            return self.node(self.without_states(p))
+        if p.key not in self.known:
+            outer, self.loc = self.loc, self.line_of(p)
+            self.known[p.key] = self._node(p)
+            self.loc = outer
+        return self.known[p.key]
+
+    def make(self, op: str, *args: Node, **attrs: str | int) -> Node:
+        return make(op, *args, loc=self.loc, **attrs)
+
+    def _node(self, p: Poly) -> Node:
+        if len(p) >= AS_WRITTEN:
+            name, labels = _signature(p)
+            if name in self.written:
+                node, own = self.written[name]
+                return rename_axes(Context(self.loc, ()), node, dict(zip(own, labels, strict=True)))
+        if len(p) <= 1:
+            return self._term(*next(iter(p.items()))) if p else const(0, self.loc)
+        inner = the_function(add(ONE, scale(p, -1)), "sigmoid")
+        if inner is not None:
+            return self.make("sigmoid", self.node(scale(inner, -1)))
+        common, rest = _common(p)
+        if common:
+            return self.make("mul", self._term(common, Fraction(1)), self.node(rest))
+        return self._sum(p)
+
+    def _sum(self, p: Poly) -> Node:
+        terms = sorted(p.ordered(), key=lambda term: term[1] < 0)
+        total = self._term(*terms[0])
+        for mono, c in terms[1:]:
+            op = "sub" if c < 0 else "add"
+            total = self.make(op, total, self._term(mono, abs(c)))
+        return total
+
+    def _term(self, mono: Monomial, c: Fraction) -> Node:
+        """c times a product; factors under a fraction bar are divided by."""
+        above: list[Node] = []
+        below: list[Node] = []
+        for group in components(mono):
+            inverse = self._inverse(group)
+            (below if inverse is not None else above).append(inverse or self._contract(group))
+        above.sort(key=lambda n: len(n.axes))
+        if abs(c) != 1 or not above:
+            above.insert(0, const(float(c), self.loc))
+        elif c < 0:
+            above[0] = self.make("neg", above[0])
+        return self._quotient(above, below)
+
+    def _quotient(self, above: list[Node], below: list[Node]) -> Node:
+        node = above[0]
+        for factor in above[1:]:
+            node = self.make("mul", node, factor)
+        for factor in below:
+            node = self.make("div", node, factor)
+        return node
+
+    def _inverse(self, group: list[Factor]) -> Node | None:
+        if len(group) == 1 and group[0][0].name == "pow -1":
+            return self.node(open_atom(*group[0])[0])
+        return None
+
+    def _contract(self, group: list[Factor]) -> Node:
+        """The product of factors connected by bound labels, summed over them."""
+        free = {x for x in labels_of(group) if is_free(x)}
+        names: dict[str, str] = {}
+        for label in sorted(x for x in labels_of(group) if is_bound(x)):
+            names[label] = another(dim(label), [*free, *names.values()])
+        parts = [(self._factor(a, tuple(names.get(x, x) for x in labels)), set(labels)) for a, labels in group]
+        for label, axis in names.items():
+            holding = [part for part in parts if label in part[1]]
+            parts = [part for part in parts if label not in part[1]]
+            node = holding[0][0]
+            for factor, _ in holding[1:-1]:
+                node = self.make("mul", node, factor)
+            if len(holding) == 1:
+                node = self.make("sum", node, axis=axis)
+            else:
+                node = self.make("dot", node, holding[-1][0], axis=axis)
+            parts.append((node, set().union(*(x for _, x in holding)) - {label}))
+        return self._quotient([node for node, _ in parts], [])
+
+    def _factor(self, a: Atom, labels: tuple[str, ...]) -> Node:
+        if a.kind == "delta":
+            return self.make("delta", a=labels[0], b=labels[1])
+        if a.kind == "size":
+            return self.make("size", axis=a.name)
+        if a.kind == "const":
+            return const(float(a.name), self.loc)
+        if a.kind == "fn":
+            return self._function(a, labels)
+        leaf = self.opaque[a.name] if a.kind == "opaque" else self.inputs[a.name]
+        return self._placed(leaf, labels)
+
+    def _placed(self, node: Node, labels: tuple[str, ...]) -> Node:
+        """`node` with its axes named by `labels`; `N=2` takes an entry, a repeated label the diagonal."""
+        names: dict[str, str] = {}
+        for axis, label in zip(node.axes, labels, strict=True):
+            if "=" in label:
+                node = self.make("index", node, axis=axis, at=int(label.split("=")[1]))
+            elif label in names.values():
+                twin = another(label, [*node.axes, *names.values()])
+                node = rename_axes(Context(self.loc, ()), node, {axis: twin})
+                first = next(old for old, new in names.items() if new == label)
+                node = self.make("dot", node, self.make("delta", a=first, b=twin), axis=twin)
+            else:
+                names[axis] = label
+        return rename_axes(Context(self.loc, ()), node, names)
+
+    def _function(self, a: Atom, labels: tuple[str, ...]) -> Node:
+        args = open_atom(a, labels)
+        name = a.name
+        if name.startswith("pow "):
+            return self._power(self.node(args[0]), Fraction(name[4:]))
+        if name == "log" and args[0].get(()) == 1 and len(args[0]) > 1:
+            return self.make("log1p", self.node(Poly({m: c for m, c in args[0].items() if m})))
+        if name in ("gt0", "eq0"):
+            return self.make(name[:2], self.node(args[0]), const(0, self.loc))
+        if name == "max":
+            inner = next(x for m in args[0] for _, ls in m for x in ls if x.endswith("@"))
+            axis = another(dim(inner), args[0].free)
+            return self.make("max", self.node(relabel(args[0], {inner: axis})), axis=axis)
+        return self.make(name, *(self.node(x) for x in args))
+
+    def _power(self, base: Node, e: Fraction) -> Node:
+        plain = {Fraction(1, 2): "sqrt", Fraction(-1, 2): "rsqrt", Fraction(-1): "recip"}
+        if e in plain:
+            return self.make(plain[e], base)
+        return self.make("pow", base, const(float(e), self.loc))
+
+    def without_states(self, p: Poly) -> Poly:
+        """p with every value of a state replaced by a read."""
+        grouped: dict[tuple[Factor, Monomial], Poly] = {}
+        total = Poly()
+        for mono, c in p.items():
+            group = next((g for g in components(mono) if _reads_by_vector(g)), None)
+            if group is None:
+                total = add(total, scale(self._product_without_states(mono), c))
+                continue
+            state = next(f for f in group if f[0].kind == "state")
+            label = next(x for x in state[1] if is_bound(x))
+            axis = self.state_axes[state[0].name][state[1].index(label)]
+            vector = tuple((a, tuple(axis if x == label else x for x in ls)) for a, ls in group if (a, ls) != state)
+            rest = tuple(f for f in mono if f not in group)
+            place = (state[0], tuple("~" if x == label else x for x in state[1]))
+            into = grouped.setdefault((place, rest), Poly())
+            into[vector] = into.get(vector, Fraction(0)) + c
+        for ((a, labels), rest), vector_ in grouped.items():
+            factor, vector = content(vector_)
+            name = self.read(a.name, a.version, vector, self.state_axes[a.name][labels.index("~")])
+            read = atom("input", name, tuple(x for x in labels if x != "~"))
+            total = add(total, mul(mul(factor, read), self._product_without_states(rest)))
+        return total
+
+    def _product_without_states(self, mono: Monomial) -> Poly:
+        plain = tuple(f for f in mono if not f[0].states)
+        rest = [f for f in mono if f[0].states]
+        factors: list[Factor] = list(plain)
+        for a, labels in rest:
+            if a.kind == "state":
+                factors.append((Atom("input", self.read(a.name, a.version, None, "")), labels))
+            elif a.kind == "fn":
+                args = tuple(self.without_states(x) for x in open_atom(a, labels))
+                factors.extend(next(iter(close_atom("fn", a.name, args))))
+            else:
+                factors.append((a, labels))
+        from lmoe_compiler.analysis.poly import normal
+
+        return normal(tuple(factors))
+
+
+def _reads_by_vector(group: list[Factor]) -> bool:
+    """Whether this is w[K~0] S[K~0, V]: one state, one bound axis, and nothing else touches the state's axes."""
+    states = [f for f in group if f[0].kind == "state"]
+    if len(states) != 1 or len(group) == 1 or any(f[0].states for f in group if f not in states):
+        return False
+    bound = [x for x in states[0][1] if is_bound(x)]
+    others = labels_of(f for f in group if f not in states)
+    return len(bound) == 1 and not any(is_free(x) for x in others)
+
+
+def _signature(p: Poly) -> tuple[str, tuple[str, ...]]:
+    """The polynomial up to the names of its axes, and these names."""
+    (factor,) = next(iter(close_atom("fn", "", (p,))))
+    return factor[0].key, factor[1]
+
+
+def _common(p: Poly) -> tuple[Monomial, Poly]:
+    """Factors common to all terms, and the rest."""
+    terms = list(p.items())
+    common = [f for f in terms[0][0] if not any(is_bound(x) for x in f[1])]
+    for mono, _ in terms[1:]:
+        pool = list(mono)
+        kept = []
+        for f in common:
+            if f in pool:
+                pool.remove(f)
+                kept.append(f)
+        common = kept
+    rest = Poly()
+    for mono, c in terms:
+        pool = list(mono)
+        for f in common:
+            pool.remove(f)
+        rest[tuple(pool)] = c
+    return tuple(common), rest
+
+
+__all__ = ["Emitter", "input_"]

@@ -1,0 +1,250 @@
+"""Functions of index polynomials: smart constructors that know the identities spellings differ by.
+
+    sigmoid(-x) = 1 - sigmoid(x)      1 / (1 + exp x) = sigmoid(-x)     softplus(x) = -logsigmoid(-x)
+    exp p exp q = exp(p + q)          exp(p)^c = exp(c p)               exp(logsigmoid x + r) = sigmoid(x) exp r
+    x^a x^b = x^(a + b)               log(c prod f) = log c + sum log f log(1 - sigmoid x) = logsigmoid(-x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from lmoe_compiler.analysis.poly import (
+    Factor,
+    Monomial,
+    Poly,
+    add,
+    canonical,
+    close_atom,
+    constant,
+    is_bound,
+    labels_of,
+    mul,
+    open_atom,
+    rational,
+    scale,
+)
+
+INDICATORS = {"gt0", "eq0"}
+ONE = constant(1)
+POSITIVE = {"exp", "sigmoid"}
+
+
+def single(p: Poly) -> tuple[Monomial, Fraction] | None:
+    """The monomial and coefficient of a polynomial of one term."""
+    return next(iter(p.items())) if len(p) == 1 else None
+
+
+def the_function(p: Poly, name: str) -> Poly | None:
+    """x if p is exactly name(x)."""
+    term = single(p)
+    if term is None or term[1] != 1 or len(term[0]) != 1:
+        return None
+    atom, labels = term[0][0]
+    return open_atom(atom, labels)[0] if (atom.kind, atom.name) == ("fn", name) else None
+
+
+def leading_sign(p: Poly) -> int:
+    return -1 if p and p.ordered()[0][1] < 0 else 1
+
+
+def plain(name: str, *args: Poly) -> Poly:
+    return close_atom("fn", name, args)
+
+
+def exp(p: Poly) -> Poly:
+    if not p:
+        return ONE
+    for mono, c in p.items():
+        x = the_function(Poly({mono: c}), "logsigmoid")
+        if x is not None:
+            rest = Poly({m: v for m, v in p.items() if m != mono})
+            return mul(sigmoid(x), exp(rest))
+    inner = the_function(p, "log")
+    return inner if inner is not None else plain("exp", p)
+
+
+def sigmoid(p: Poly) -> Poly:
+    if leading_sign(p) < 0:
+        return add(ONE, scale(sigmoid(scale(p, -1)), -1))
+    return plain("sigmoid", p)
+
+
+def logsigmoid(p: Poly) -> Poly:
+    return plain("logsigmoid", p)
+
+
+def softplus(p: Poly) -> Poly:
+    return scale(logsigmoid(scale(p, -1)), -1)
+
+
+def tanh(p: Poly) -> Poly:
+    return scale(plain("tanh", scale(p, -1)), -1) if leading_sign(p) < 0 else plain("tanh", p)
+
+
+def recip(p: Poly) -> Poly:
+    return power(p, Fraction(-1))
+
+
+def sqrt(p: Poly) -> Poly:
+    return power(p, Fraction(1, 2))
+
+
+def rsqrt(p: Poly) -> Poly:
+    return power(p, Fraction(-1, 2))
+
+
+def power(p: Poly, e: Fraction) -> Poly:
+    if e == 0:
+        return ONE
+    if e.denominator == 1 and 1 <= e <= 4:
+        out = p
+        for _ in range(int(e) - 1):
+            out = mul(out, p)
+        return out
+    if e == -1 and p.get(()) == 1 and len(p) == 2:
+        other = Poly({m: c for m, c in p.items() if m})
+        x = the_function(other, "exp")
+        if x is not None:
+            return sigmoid(scale(x, -1))
+    term = single(p)
+    if term is None:
+        return plain(f"pow {e}", p)
+    mono, c = term
+    if not mono:
+        exact = rational(float(c) ** float(e)) if c > 0 else None
+        return constant(exact) if exact is not None else plain(f"pow {e}", p)
+    if any(is_bound(x) for x in labels_of(mono)):
+        return plain(f"pow {e}", p)
+    return _power_of_product(mono, c, e)
+
+
+def _power_of_product(mono: Monomial, c: Fraction, e: Fraction) -> Poly:
+    """Distribute over factors that are positive, or over all for an integer exponent; the rest stays together."""
+    out, rest = ONE, []
+    for factor in mono:
+        atom, labels = factor
+        if atom.kind == "fn" and atom.name == "exp":
+            out = mul(out, exp(scale(open_atom(atom, labels)[0], e)))
+        elif atom.kind == "fn" and atom.name.startswith("pow "):
+            out = mul(out, power(open_atom(atom, labels)[0], e * Fraction(atom.name[4:])))
+        elif e.denominator == 1 or _positive(factor):
+            out = mul(out, plain(f"pow {e}", Poly({(factor,): Fraction(1)})))
+        else:
+            rest.append(factor)
+    if c > 0:
+        out, c = scale(out, rational(float(c) ** float(e))), Fraction(1)
+    elif e.denominator == 1:
+        out, c = scale(out, c ** int(e)), Fraction(1)
+    if rest or c != 1:
+        out = mul(out, plain(f"pow {e}", Poly({canonical(rest): c})))
+    return out
+
+
+def _positive(factor: Factor) -> bool:
+    return factor[0].kind == "size" or (factor[0].kind == "fn" and factor[0].name in POSITIVE)
+
+
+def log(p: Poly) -> Poly:
+    inner = the_function(p, "exp")
+    if inner is not None:
+        return inner
+    term = single(p)
+    if term is not None and term[1] > 0 and not any(is_bound(x) for x in labels_of(term[0])):
+        mono, c = term
+        out = constant(0) if c == 1 else plain("log", constant(c))
+        for atom, labels in mono:
+            out = add(out, _log_of_factor((atom, labels)))
+        return out
+    if p.get(()) == 1 and len(p) == 2:
+        other = Poly({m: c for m, c in p.items() if m})
+        x = the_function(scale(other, -1), "sigmoid")
+        if x is not None:
+            return logsigmoid(scale(x, -1))
+        x = the_function(other, "exp")
+        if x is not None:
+            return softplus(x)
+    return plain("log", p)
+
+
+def _log_of_factor(factor: Factor) -> Poly:
+    atom, labels = factor
+    if atom.kind == "fn":
+        if atom.name == "exp":
+            return open_atom(atom, labels)[0]
+        if atom.name == "sigmoid":
+            return logsigmoid(open_atom(atom, labels)[0])
+        if atom.name.startswith("pow "):
+            return scale(log(open_atom(atom, labels)[0]), Fraction(atom.name[4:]))
+    return plain("log", Poly({(factor,): Fraction(1)}))
+
+
+def greater(p: Poly, q: Poly) -> Poly:
+    """1 where p > q."""
+    return plain("gt0", add(p, scale(q, -1)))
+
+
+def equal(p: Poly, q: Poly) -> Poly:
+    gap = add(p, scale(q, -1))
+    return plain("eq0", scale(gap, leading_sign(gap)))
+
+
+def complement(p: Poly) -> Poly:
+    return add(ONE, scale(p, -1))
+
+
+UNARY: dict[str, Callable[[Poly], Poly]] = {
+    "neg": lambda p: scale(p, -1), "exp": exp, "log": log, "log1p": lambda p: log(add(ONE, p)),
+    "sigmoid": sigmoid, "logsigmoid": logsigmoid, "softplus": softplus, "tanh": tanh,
+    "sqrt": sqrt, "rsqrt": rsqrt, "recip": recip,
+}  # fmt: skip
+
+
+def merge(factors: list[Factor]) -> Poly | None:
+    """The product of `factors` if exponentials, powers or indicators among them combine, else None."""
+    groups: dict[str, list[Factor]] = {}
+    for factor in factors:
+        if factor[0].kind == "fn":
+            name = factor[0].name
+            group = "exp" if name == "exp" else "pow" if name.startswith("pow ") else ""
+            if group:
+                groups.setdefault(group, []).append(factor)
+            elif name in INDICATORS and factors.count(factor) > 1:
+                return _product([f for f in factors if f != factor], Poly({(factor,): Fraction(1)}))
+    if len(groups.get("exp", ())) > 1:
+        exps = groups["exp"]
+        total = add(*(open_atom(a, labels)[0] for a, labels in exps))
+        return _product([f for f in factors if f not in exps], exp(total))
+    return _merge_powers(factors, groups.get("pow", []))
+
+
+def _merge_powers(factors: list[Factor], powers: list[Factor]) -> Poly | None:
+    for i, (atom, labels) in enumerate(powers):
+        base, e = open_atom(atom, labels)[0], Fraction(atom.name[4:])
+        for other in powers[i + 1 :]:
+            if open_atom(*other)[0] == base:
+                rest = list(factors)
+                rest.remove((atom, labels))
+                rest.remove(other)
+                return _product(rest, power(base, e + Fraction(other[0].name[4:])))
+        term = single(base)
+        if term is not None and len(term[0]) == 1 and term[1] == 1:
+            inner = (term[0][0][0], tuple(x.replace("^", "~") for x in term[0][0][1]))
+            if inner in factors:
+                rest = list(factors)
+                rest.remove((atom, labels))
+                rest.remove(inner)
+                return _product(rest, power(base, e + 1))
+    return None
+
+
+def _product(rest: list[Factor], p: Poly) -> Poly:
+    """rest * p, where p's labels K^0 are bound labels of `rest`."""
+    from lmoe_compiler.analysis.poly import normal
+
+    total = Poly()
+    for mono, c in p.items():
+        closed = tuple((a, tuple(x.replace("^", "~") for x in labels)) for a, labels in mono)
+        total = add(total, scale(normal((*rest, *closed)), c))
+    return total
