@@ -64,11 +64,14 @@ class _Reads:
             read = Read(self._name(), state, node, axes, self.emitter.loc)
             self.known[key] = read
             self.emitter.inputs[read.name] = read.node
-            if version == self.last.get(state, -1):
+            if self.is_last(state, version):
                 self.body.append(read)
             else:
                 self.early.setdefault((state, version), []).append(read)
         return self.known[key].name
+
+    def is_last(self, state: str, version: int) -> bool:
+        return version == self.last.get(state, -1)
 
     def _name(self) -> str:
         name, i = "r", 1
@@ -103,7 +106,8 @@ class _Analysis:
         self.evaluator = Evaluator(self.vars, dict(traced.static))
         self.values = self.evaluator.evaluate([*traced.next_states, traced.output])
         self.reads = _Reads(
-            {v.name: v.axes for v in traced.states}, {v.name for v in (*traced.states, *traced.inputs)}
+            {v.name: v.axes for v in traced.states},
+            {v.name for v in (*traced.states, *traced.inputs)},
         )
         self.emit = Emitter(traced.inputs, traced.states, self.evaluator.opaque_nodes, self.reads)
         self.reads.emitter = self.emit
@@ -119,7 +123,9 @@ class _Analysis:
             else:
                 self.emit_next(states, found)
         output = self.output()
-        return Program(t.name, t.states, t.inputs, self.reads.ordered(), output, self.bounds, t.static)
+        return Program(
+            t.name, t.states, t.inputs, self.reads.ordered(), output, self.bounds, t.static
+        )
 
     def parts(self) -> list[list[str]]:
         """Strongly connected parts of the state graph, in an order in which each uses earlier ones only."""
@@ -183,7 +189,9 @@ class _Analysis:
     def chain(self, state: str) -> list[Node]:
         """State-shaped values on every path from the state to its next value, the last of them the next value."""
         start, stop = self.vars[state].node, self.next[state]
-        graph = nx.DiGraph((a, n) for n in topological([stop]) if n not in self.cuts for a in n.args)
+        graph = nx.DiGraph(
+            (a, n) for n in topological([stop]) if n not in self.cuts for a in n.args
+        )
         if start == stop:
             return []
         if start not in graph or not nx.has_path(graph, start, stop):
@@ -195,7 +203,9 @@ class _Analysis:
             node = above[node]
         dims = sorted(self.vars[state].axes)
         distinct = len({base(a) for a in dims}) == len(dims)
-        inner = [n for n in reversed(found[1:]) if sorted(map(base, n.axes)) == dims and n.op != "rename"]
+        inner = [
+            n for n in reversed(found[1:]) if sorted(map(base, n.axes)) == dims and n.op != "rename"
+        ]
         return [*(inner if distinct else []), stop]
 
     def emit_steps(self, state: str, steps: list[tuple[Node, Terms]]) -> None:
@@ -203,7 +213,9 @@ class _Analysis:
             self.emit.loc = node.loc
             step = self.step(state, terms)
             self.reads.body += [(state, version), step]
-            if node.op != "input" and set(map(base, node.axes)) == set(map(base, self.vars[state].axes)):
+            if node.op != "input" and set(map(base, node.axes)) == set(
+                map(base, self.vars[state].axes)
+            ):
                 self.cuts[node] = self.unknown(state, node, version + 1)
         self.reads.last[state] = len(steps)
 
@@ -247,7 +259,9 @@ class _Analysis:
         for state in states:
             for mono in self.values[self.next[state]]:
                 own = [a for a, _ in mono if a.kind == "state" and a.name in states]
-                if len(own) > 1 or any(a.states & set(states) for a, _ in mono if a.kind != "state"):
+                if len(own) > 1 or any(
+                    a.states & set(states) for a, _ in mono if a.kind != "state"
+                ):
                     return False
         return True
 
@@ -282,7 +296,9 @@ class _Analysis:
             p = self.values[node]
             if refusal.factor is not None and state in p.states and node.op != "input":
                 for mono in p:
-                    if any(a.name == state for a, _ in mono) and any(a == refusal.factor[0] for a, _ in mono):
+                    if any(a.name == state for a, _ in mono) and any(
+                        a == refusal.factor[0] for a, _ in mono
+                    ):
                         return node.loc
         return stop.loc
 
@@ -302,7 +318,11 @@ class _Analysis:
         if not p.states:
             return node
         self.emit.loc = node.loc
-        simple = all(len([a for a, _ in m if a.states]) <= 1 and all(a.kind == "state" for a, _ in m if a.states) for m in p)
+        simple = all(
+            len([a for a, _ in m if a.states]) <= 1
+            and all(a.kind == "state" for a, _ in m if a.states)
+            for m in p
+        )
         if simple or node in self.cuts:
             return self.emit.node(p)
         if node.op in ("dot", "mul") and len(p) == 1:

@@ -1,8 +1,8 @@
 """One micro-step's polynomial, read as decays, rank-one feedbacks and key-value writes; or why it is none of these.
 
-    S[K, V] times     scalar / K / V / K and V apart / both in one atom     decay, the last one elementwise
-    S[K~0, V] times   u[K] w[K~0]                                           feedback over K; over V the mirror image
-    no S              u[K] y[V]                                             write
+S[K, V] times     scalar / K / V / K and V apart / both in one atom     decay, the last one elementwise
+S[K~0, V] times   u[K] w[K~0]                                           feedback over K; over V the mirror image
+no S              u[K] y[V]                                             write
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def classify(p: Poly, state: str, axes: tuple[str, ...]) -> Terms:
             into = reads.setdefault(axis, Poly())
             into[opened] = into.get(opened, Fraction(0)) + c
     decays = _decays(decay, axes)
-    feedbacks = [f for axis in axes if axis in reads for f in _feedbacks(reads[axis], decay, axis, axes)]
+    feedbacks = [
+        f for axis in axes if axis in reads for f in _feedbacks(reads[axis], decay, axis, axes)
+    ]
     _shares_a_solve(decays, feedbacks, state)
     return Terms(decay, decays, tuple(feedbacks), tuple(_writes(writes, axes)))
 
@@ -141,7 +143,9 @@ def content(p: Poly) -> tuple[Poly, Poly]:
     ordered = p.ordered()
     common: Counter[Monomial] | None = None
     for mono, _ in ordered:
-        mine = Counter(canonical(g) for g in components(mono) if not any(map(is_free, labels_of(g))))
+        mine = Counter(
+            canonical(g) for g in components(mono) if not any(map(is_free, labels_of(g)))
+        )
         common = mine if common is None else common & mine
     assert common is not None
     lead = ordered[0][1]
@@ -196,9 +200,7 @@ def _feedbacks(p: Poly, decay: Poly, axis: str, axes: tuple[str, ...]) -> list[R
     return sorted(found, key=lambda f: f.key.key)
 
 
-def _smaller(
-    one: list[tuple[Poly, Poly]], two: list[tuple[Poly, Poly]]
-) -> list[tuple[Poly, Poly]]:
+def _smaller(one: list[tuple[Poly, Poly]], two: list[tuple[Poly, Poly]]) -> list[tuple[Poly, Poly]]:
     return one if len(one) <= len(two) else two
 
 
@@ -209,7 +211,8 @@ def _only(p: Poly, allowed: str, axis: str) -> None:
             if extra:
                 text = show_monomial((factor,))
                 raise Refused(
-                    f"{text} makes the feedback over {axis} differ along {extra[0]}: no shared solve", factor
+                    f"{text} makes the feedback over {axis} differ along {extra[0]}: no shared solve",
+                    factor,
                 )
 
 
@@ -220,7 +223,8 @@ def _shares_a_solve(decays: tuple[Poly, ...], feedbacks: list[RankOne], state: s
             axis = sorted(along - {feedback.axis})[0]
             factor = next(f for d in decays for m in d for f in m if axis in f[1])
             raise Refused(
-                f"{state} decays along {axis} and is fed back along {feedback.axis}: no shared solve", factor
+                f"{state} decays along {axis} and is fed back along {feedback.axis}: no shared solve",
+                factor,
             )
 
 

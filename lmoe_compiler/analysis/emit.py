@@ -6,11 +6,13 @@ written: expanding it would lose digits. Everything else is built anew, so spell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from typing import Protocol
 
 from lmoe_compiler.analysis.classify import content
-from lmoe_compiler.analysis.functions import ONE, the_function
+from lmoe_compiler.analysis.functions import INDICATORS, ONE, single, the_function
 from lmoe_compiler.analysis.poly import (
     Atom,
     Factor,
@@ -32,16 +34,28 @@ from lmoe_compiler.analysis.poly import (
 from lmoe_compiler.ir.nodes import Loc, Node, Var, const, input_, make
 from lmoe_compiler.operations import Context, another, relabel as rename_axes
 
-# (state, version, vector or None, axis, labels of the result) -> the read's name
-ReadMaker = Callable[[str, int, Poly | None, str], str]
 AS_WRITTEN = 3
+
+
+class ReadMaker(Protocol):
+    """Places reads in the body of the program."""
+
+    def __call__(self, state: str, version: int, vector: Poly | None, axis: str) -> str:
+        """The name of the read of `state` by `vector` over `axis` (None: of the whole state)."""
+
+    def is_last(self, state: str, version: int) -> bool:
+        """Whether the state has no further micro-step, so that a read of it can wait for other reads."""
 
 
 class Emitter:
     """Builds expressions. `inputs`: declared axes by name; `written`: the user's expressions, by polynomial."""
 
     def __init__(
-        self, inputs: Iterable[Var], states: Iterable[Var], opaque: Mapping[str, Node], read: ReadMaker
+        self,
+        inputs: Iterable[Var],
+        states: Iterable[Var],
+        opaque: Mapping[str, Node],
+        read: ReadMaker,
     ) -> None:
         self.inputs = {v.name: v.node for v in inputs}
         self.state_axes = {v.name: v.axes for v in states}
@@ -134,7 +148,10 @@ class Emitter:
         names: dict[str, str] = {}
         for label in sorted(x for x in labels_of(group) if is_bound(x)):
             names[label] = another(dim(label), [*free, *names.values()])
-        parts = [(self._factor(a, tuple(names.get(x, x) for x in labels)), set(labels)) for a, labels in group]
+        parts = [
+            (self._factor(a, tuple(names.get(x, x) for x in labels)), set(labels))
+            for a, labels in group
+        ]
         for label, axis in names.items():
             holding = [part for part in parts if label in part[1]]
             parts = [part for part in parts if label not in part[1]]
@@ -182,8 +199,11 @@ class Emitter:
             return self._power(self.node(args[0]), Fraction(name[4:]))
         if name == "log" and args[0].get(()) == 1 and len(args[0]) > 1:
             return self.make("log1p", self.node(Poly({m: c for m, c in args[0].items() if m})))
-        if name in ("gt0", "eq0"):
+        if name in INDICATORS:
             return self.make(name[:2], self.node(args[0]), const(0, self.loc))
+        if name == "log" and (inside := the_indicator(args[0])) is not None:
+            condition = self._factor(*inside)
+            return self.make("where", condition, const(0, self.loc), const(-math.inf, self.loc))
         if name == "max":
             inner = next(x for m in args[0] for _, ls in m for x in ls if x.endswith("@"))
             axis = another(dim(inner), args[0].free)
@@ -201,14 +221,18 @@ class Emitter:
         grouped: dict[tuple[Factor, Monomial], Poly] = {}
         total = Poly()
         for mono, c in p.items():
-            group = next((g for g in components(mono) if _reads_by_vector(g)), None)
+            group = next((g for g in components(mono) if self._reads_by_vector(g)), None)
             if group is None:
                 total = add(total, scale(self._product_without_states(mono), c))
                 continue
             state = next(f for f in group if f[0].kind == "state")
             label = next(x for x in state[1] if is_bound(x))
             axis = self.state_axes[state[0].name][state[1].index(label)]
-            vector = tuple((a, tuple(axis if x == label else x for x in ls)) for a, ls in group if (a, ls) != state)
+            vector = tuple(
+                (a, tuple(axis if x == label else x for x in ls))
+                for a, ls in group
+                if (a, ls) != state
+            )
             rest = tuple(f for f in mono if f not in group)
             place = (state[0], tuple("~" if x == label else x for x in state[1]))
             into = grouped.setdefault((place, rest), Poly())
@@ -219,6 +243,19 @@ class Emitter:
             read = atom("input", name, tuple(x for x in labels if x != "~"))
             total = add(total, mul(mul(factor, read), self._product_without_states(rest)))
         return total
+
+    def _reads_by_vector(self, group: list[Factor]) -> bool:
+        """Whether this is w[K~0] S[K~0, V], where nothing but one bound axis touches the state."""
+        states = [f for f in group if f[0].kind == "state"]
+        others = [f for f in group if f not in states]
+        if len(states) != 1 or not others:
+            return False
+        if any(f[0].states for f in others) and not self.read.is_last(
+            states[0][0].name, states[0][0].version
+        ):
+            return False
+        bound = [x for x in states[0][1] if is_bound(x)]
+        return len(bound) == 1 and not any(is_free(x) for x in labels_of(others))
 
     def _product_without_states(self, mono: Monomial) -> Poly:
         plain = tuple(f for f in mono if not f[0].states)
@@ -237,14 +274,12 @@ class Emitter:
         return normal(tuple(factors))
 
 
-def _reads_by_vector(group: list[Factor]) -> bool:
-    """Whether this is w[K~0] S[K~0, V]: one state, one bound axis, and nothing else touches the state's axes."""
-    states = [f for f in group if f[0].kind == "state"]
-    if len(states) != 1 or len(group) == 1 or any(f[0].states for f in group if f not in states):
-        return False
-    bound = [x for x in states[0][1] if is_bound(x)]
-    others = labels_of(f for f in group if f not in states)
-    return len(bound) == 1 and not any(is_free(x) for x in others)
+def the_indicator(p: Poly) -> Factor | None:
+    """The factor if p is one indicator: its log is 0 or -inf, and has no gradient."""
+    term = single(p)
+    if term is None or len(term[0]) != 1 or term[0][0][0].name not in INDICATORS:
+        return None
+    return term[0][0]
 
 
 def _signature(p: Poly) -> tuple[str, tuple[str, ...]]:

@@ -47,7 +47,9 @@ class Evaluator:
         self.constant: dict[Node, Poly] = {}
         self.opaque_nodes: dict[str, Node] = {}
 
-    def evaluate(self, roots: Iterable[Node], cuts: Mapping[Node, Poly] | None = None) -> dict[Node, Poly]:
+    def evaluate(
+        self, roots: Iterable[Node], cuts: Mapping[Node, Poly] | None = None
+    ) -> dict[Node, Poly]:
         """The polynomial of every node below `roots`; `cuts` are nodes taken as unknowns."""
         roots = list(roots)
         values: dict[Node, Poly] = dict(cuts or {})
@@ -72,7 +74,9 @@ class Evaluator:
 
     def opaque(self, node: Node, args: list[Poly]) -> Poly:
         """An atom that stands for the value of this very expression (equal expressions are one atom)."""
-        hidden = tuple(atom("state", s) for s in sorted(frozenset().union(*(p.states for p in args))))
+        hidden = tuple(
+            atom("state", s) for s in sorted(frozenset().union(*(p.states for p in args)))
+        )
         name = f"{node.op} {hash(node)}"
         self.opaque_nodes[name] = node
         return Poly({((Atom("opaque", name, hidden), node.axes),): Fraction(1)})

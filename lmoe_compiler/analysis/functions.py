@@ -1,8 +1,8 @@
 """Functions of index polynomials: smart constructors that know the identities spellings differ by.
 
-    sigmoid(-x) = 1 - sigmoid(x)      1 / (1 + exp x) = sigmoid(-x)     softplus(x) = -logsigmoid(-x)
-    exp p exp q = exp(p + q)          exp(p)^c = exp(c p)               exp(logsigmoid x + r) = sigmoid(x) exp r
-    x^a x^b = x^(a + b)               log(c prod f) = log c + sum log f log(1 - sigmoid x) = logsigmoid(-x)
+sigmoid(-x) = 1 - sigmoid(x)      1 / (1 + exp x) = sigmoid(-x)     softplus(x) = -logsigmoid(-x)
+exp p exp q = exp(p + q)          exp(p)^c = exp(c p)               exp(logsigmoid x + r) = sigmoid(x) exp r
+x^a x^b = x^(a + b)               log(c prod f) = log c + sum log f log(1 - sigmoid x) = logsigmoid(-x)
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def power(p: Poly, e: Fraction) -> Poly:
     if not mono:
         exact = rational(float(c) ** float(e)) if c > 0 else None
         return constant(exact) if exact is not None else plain(f"pow {e}", p)
-    if any(is_bound(x) for x in labels_of(mono)):
+    if _is_summed(mono):
         return plain(f"pow {e}", p)
     return _power_of_product(mono, c, e)
 
@@ -142,6 +142,10 @@ def _power_of_product(mono: Monomial, c: Fraction, e: Fraction) -> Poly:
     return out
 
 
+def _is_summed(mono: Monomial) -> bool:
+    return any(is_bound(x) for x in labels_of(mono))
+
+
 def _positive(factor: Factor) -> bool:
     return factor[0].kind == "size" or (factor[0].kind == "fn" and factor[0].name in POSITIVE)
 
@@ -151,7 +155,7 @@ def log(p: Poly) -> Poly:
     if inner is not None:
         return inner
     term = single(p)
-    if term is not None and term[1] > 0 and not any(is_bound(x) for x in labels_of(term[0])):
+    if term is not None and term[1] > 0 and not _is_summed(term[0]):
         mono, c = term
         out = constant(0) if c == 1 else plain("log", constant(c))
         for atom, labels in mono:
@@ -229,7 +233,7 @@ def _merge_powers(factors: list[Factor], powers: list[Factor]) -> Poly | None:
                 rest.remove(other)
                 return _product(rest, power(base, e + Fraction(other[0].name[4:])))
         term = single(base)
-        if term is not None and len(term[0]) == 1 and term[1] == 1:
+        if term is not None and len(term[0]) == 1 and term[1] == 1 and not _is_summed(term[0]):
             inner = (term[0][0][0], tuple(x.replace("^", "~") for x in term[0][0][1]))
             if inner in factors:
                 rest = list(factors)

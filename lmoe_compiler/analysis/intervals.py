@@ -21,7 +21,9 @@ EVERYTHING = (-INF, INF)
 MOST_CORNERS = 8
 
 
-def interval(node: Node, bounds: Iterable[Bound], static: Mapping[str, int] | None = None) -> Interval:
+def interval(
+    node: Node, bounds: Iterable[Bound], static: Mapping[str, int] | None = None
+) -> Interval:
     """[low, high] of an expression of inputs; unknown inputs may be anything."""
     return range_of(Evaluator((), static or {}).polynomial(node), bounds)
 

@@ -269,7 +269,9 @@ def close_atom(kind: str, name: str, args: tuple[Poly, ...]) -> Poly:
     return Poly({(factor,): Fraction(1)})
 
 
-def components(factors: Iterable[Factor], without: frozenset[str] = frozenset()) -> list[list[Factor]]:
+def components(
+    factors: Iterable[Factor], without: frozenset[str] = frozenset()
+) -> list[list[Factor]]:
     """Groups of factors connected by bound labels (those in `without` connect nothing)."""
     groups: list[tuple[set[str], list[Factor]]] = []
     for factor in factors:
@@ -292,7 +294,9 @@ def show_monomial(mono: Monomial, c: Fraction = Fraction(1)) -> str:
             inner = ", ".join(show(p) for p in open_atom(a, labels))
             parts.append(f"{a.name}({inner})")
         else:
-            names = ", ".join(x.replace("~0", "_i").replace("~", "_").replace("^", "_") for x in labels)
+            names = ", ".join(
+                x.replace("~0", "_i").replace("~", "_").replace("^", "_") for x in labels
+            )
             parts.append((a.name or "delta") + (f"[{names}]" if names else ""))
     sign = "" if c == 1 and parts else "-" if c == -1 and parts else f"{float(c):g} "
     return sign + " ".join(parts)
