@@ -238,17 +238,26 @@ class Emitter:
             into = grouped.setdefault((place, rest), Poly())
             into[vector] = into.get(vector, Fraction(0)) + c
         for ((a, labels), rest), vector_ in grouped.items():
+            if "~" in labels and self.state_axes[a.name][labels.index("~")] not in vector_.free:
+                total = add(total, mul(vector_, self._summed_state(a, labels, rest)))
+                continue
             factor, vector = content(vector_)
             name = self.read(a.name, a.version, vector, self.state_axes[a.name][labels.index("~")])
             read = atom("input", name, tuple(x for x in labels if x != "~"))
             total = add(total, mul(mul(factor, read), self._product_without_states(rest)))
         return total
 
+    def _summed_state(self, a: Atom, labels: tuple[str, ...], rest: Monomial) -> Poly:
+        """A state summed over an axis with nothing else there: no vector, so the whole state is read."""
+        axis = self.state_axes[a.name][labels.index("~")]
+        place = tuple(f"{dim(axis)}~99" if x == "~" else x for x in labels)
+        return self._product_without_states(((a, place), *rest))
+
     def _reads_by_vector(self, group: list[Factor]) -> bool:
         """Whether this is w[K~0] S[K~0, V], where nothing but one bound axis touches the state."""
         states = [f for f in group if f[0].kind == "state"]
         others = [f for f in group if f not in states]
-        if len(states) != 1 or not others:
+        if len(states) != 1:
             return False
         if any(f[0].states for f in others) and not self.read.is_last(
             states[0][0].name, states[0][0].version

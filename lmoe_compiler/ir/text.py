@@ -195,7 +195,7 @@ def _roots(item: Step | Next | Read) -> list[Node]:
 def _shared(program: Program) -> set[Node]:
     """Expressions worth a name: used by two others, and more than one op deep."""
     roots = [root for item in program.body for root in _roots(item)] + [program.output]
-    uses: Counter[Node] = Counter()
+    uses: Counter[Node] = Counter(roots)
     for node in topological(roots):
         uses.update(node.args)
     return {
