@@ -1,6 +1,6 @@
 """Packed documents as batches: token rows of [1, T, ...] gathered to [n, length, ...] and put back.
 
-Documents of similar length (within a factor of two) share a batch, so padding never doubles the work.
+Documents of similar length (within a factor of two) share a batch: padding at most doubles the work.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """Documents run as one batch. `rows` are their numbers, `index` [n, length] their tokens, `valid` which exist.
+    """Documents run as one batch.
 
-    A part without `index` is the whole unpacked batch.
+    `rows` are their numbers, `index` [n, length] their tokens, `valid` which of those exist. A part without `index` is the whole unpacked batch.
     """
 
     rows: Tensor | None = None
@@ -46,7 +46,7 @@ class Part:
 
 
 def parts(cu_seqlens: Tensor | None, length: int) -> list[Part]:
-    """The batches that together hold all tokens; one whole part where nothing is packed. Empty documents are in none."""
+    """Batches that together hold all tokens: one whole part where nothing is packed."""
     if cu_seqlens is None:
         return [Part()] if length else []
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()

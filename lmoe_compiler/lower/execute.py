@@ -1,8 +1,9 @@
 """The CPU implementation: a recurrence's five functions, computed with ATen from its chunk program.
 
-Layouts as everywhere: tokens [B, T, H, *axes], heads [H, *axes], states [N, H, *axes]. In here tokens are rows
-[B, H, chunks, C, *axes] in fp32 (fp64 for fp64); packed documents are the batch of a padded layout (documents.py).
-schedule.py says what runs for all chunks at once. A program without a chunk form runs token by token (interpreted.py).
+Layouts as everywhere: tokens [B, T, H, *axes], heads [H, *axes], states [N, H, *axes]. In here
+tokens are rows [B, H, chunks, C, *axes] in fp32 (fp64 for fp64); packed documents are the batch of a
+padded layout (documents.py). schedule.py says what runs for all chunks at once. A program without a
+chunk form runs token by token (interpreted.py).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def scan_backward(
     d_states: Sequence[Tensor | None],
     options: Options,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Gradients of the inputs (their shapes and dtypes) and of the initial states (None where there were none)."""
+    """Gradients of the inputs (their shapes and dtypes) and of the initial states, if any."""
     plan = schedule(program)
     if plan is None:
         return interpreted.scan_backward(

@@ -23,7 +23,7 @@ CHUNKS_DIM = 2
 
 
 class Rows:
-    """Sizes of one call: batch, tokens, heads, chunk length (a power of two) and number of chunks."""
+    """Sizes of a call: batch, tokens, heads, chunk length (a power of two), number of chunks."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Rows:
     def loop(
         self, loop: Loop, env: Mapping[Node, Value], *, reverse: bool
     ) -> tuple[dict[Node, Value], list[Tensor]]:
-        """Scans over chunks: each chunk's incoming carried values [B, H, chunks, *axes], and the last outgoing ones."""
+        """Each chunk's incoming carried values [B, H, chunks, *axes], and the last outgoing ones."""
         known = {n: v for n, v in env.items() if n not in loop.carried}
         bounds = self.evaluate(loop.bounds, known) if loop.bounds else []
         now = [env[leaf] for leaf in loop.carried]

@@ -1,6 +1,6 @@
 """What of a chunk program runs for all chunks at once, and what inside the loop over chunks.
 
-Only what lies between the carried state and its next value has to wait for the chunk before. So forward is
+Only what lies between the carried state and its next value waits for the chunk before. Forward is
   free   (no state)          all chunks at once
   chain  (state -> state)    chunk after chunk; every chunk's entry state is kept
   rest   (uses the state)    all chunks at once, given the entry states
@@ -79,7 +79,7 @@ def depending(roots: Iterable[Node], leaves: frozenset[Node]) -> set[Node]:
 
 
 def _with_inverses(roots: list[Node], carried: frozenset[Node]) -> list[Node]:
-    """Solves whose right side waits for the carried value become products with an inverse made beforehand."""
+    """Solves whose right side waits for a carried value: products with an inverse made before."""
     waiting = depending(roots, carried)
     done: dict[Node, Node] = {}
     for node in topological(roots):
