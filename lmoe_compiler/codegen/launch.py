@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +45,8 @@ class Extent:
 
 
 def shape_of(value: Value, plan: Plan, extent: Extent) -> tuple[int, ...]:
+    if value.parts:
+        return (value.parts, *shape_of(replace(value, parts=0), plan, extent))
     sizes = plan.size_of | {"s": plan.chunk}
     axes = [sizes[a.rstrip("'")] for a in value.axes]
     if value.per == "row":
@@ -79,6 +81,8 @@ class Launcher:
         args: list[Any] = [tensors[name] for name in self.names]
         if cu_seqlens is not None:
             args += [cu_seqlens, extent.sequences]
+        if any(s.value.parts for s in self.kernel.stores):
+            args.append(extent.batch * extent.length)
         self.function[grid](*args, extent.length, **self.constants, **self.options)
 
 
@@ -122,6 +126,9 @@ class Executable:
                 make = torch.zeros if value.per == "chunk" and extent.varlen else torch.empty
                 tensors[identifier(value.name)] = make(shape, dtype=dtype, device=device)
             launcher(tensors, extent, cu_seqlens)
+            for value in _stored(launcher.kernel):
+                if value.parts:
+                    tensors[identifier(value.name)] = tensors[identifier(value.name)].sum(0)
         return tensors
 
 

@@ -15,7 +15,7 @@ node of the kernel contracts may be tiled over programs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lmoe_compiler.codegen.plan import (
     Carry,
@@ -29,7 +29,8 @@ from lmoe_compiler.codegen.plan import (
     padded,
 )
 from lmoe_compiler.codegen.tile import inside_levels, to_tiles
-from lmoe_compiler.ir.nodes import REDUCE, ROW, SOURCE, Node, Program, Var
+from lmoe_compiler.codegen.tiling import split
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Var
 from lmoe_compiler.lower.program import ChunkAdjoint, ChunkProgram, gradient_name
 
 OUTPUT = "o"
@@ -82,17 +83,6 @@ def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, froz
     return found
 
 
-def tileable(nodes: Iterable[Node], axes: Iterable[str]) -> list[str]:
-    """The `axes` that no node contracts or relabels."""
-    busy: set[str] = set()
-    for node in nodes:
-        if node.op in REDUCE:
-            busy.add(str(node["axis"]))
-        elif node.op == "rename":
-            busy |= {str(node["old"]), str(node["new"])}
-    return [a for a in axes if a not in busy]
-
-
 @dataclass
 class Partition:
     """Kernels made so far, and what they left in memory."""
@@ -111,17 +101,44 @@ class Partition:
         nodes = closure(roots, cut)
         loads = tuple(Load(n, cut[n]) for n in nodes if n in cut)
         tuning = self.choice.tuning(name)
-        axes = dict.fromkeys(a for var in self.program.states for a in reversed(var.axes))
-        free = tileable([n for n in nodes if n not in cut], axes)
-        free = [a for a in free if any(a in c.axes for c in carries)]
-        tiles: list[tuple[str, int]] = []
-        sizes = dict(self.call.sizes)
-        for axis, block in zip(free, (tuning.block, tuning.block_second), strict=False):
-            if block and padded(sizes[axis]) > block:
-                tiles.append((axis, block))
-        kernel = Kernel(name, order, tuple(carries), loads, tuple(stores), tuple(tiles), tuning)
+        tiles, parts = self.tiles(order, nodes, cut, stores, (tuning.block, tuning.block_second))
+        stores = [
+            replace(s, value=replace(s.value, parts=parts[s.node], dtype="fp32")) if s.node in parts else s
+            for s in stores
+        ]
+        kernel = Kernel(name, order, tuple(carries), loads, tuple(stores), tiles, tuning)
         self.kernels.append(kernel)
         self.stored.update({s.node: s.value for s in stores})
+
+    def tiles(
+        self,
+        order: Order,
+        nodes: Sequence[Node],
+        cut: Mapping[Node, Value],
+        stores: Sequence[Store],
+        blocks: tuple[int, int],
+    ) -> tuple[tuple[tuple[str, int], ...], dict[Node, int]]:
+        """Tiled axes with their tiles, and the stores that are sums of parts with their number of parts.
+
+        Values come first. A scan cannot wait for a sum, so its axes are free of contractions; elsewhere row sums
+        (one number per token) may be left in parts.
+        """
+        sizes = dict(self.call.sizes)
+        axes = dict.fromkeys(a for var in self.program.states for a in reversed(var.axes))
+        tiles: list[tuple[str, int]] = []
+        parts: dict[Node, int] = {}
+        for axis in axes:
+            block = blocks[len(tiles)] if len(tiles) < len(blocks) else 0
+            found = split(nodes, axis, cut)
+            if not block or padded(sizes[axis]) <= block or found is None or parts:
+                continue
+            sums = [s for s in stores if found[s.node] == "part"]
+            if any(s.value.axes for s in sums) or (order != "parallel" and "part" in found.values()):
+                continue
+            if "tile" in (found[s.node] for s in stores) or order != "parallel":
+                tiles.append((axis, block))
+                parts |= {s.node: -(-sizes[axis] // block) for s in sums}
+        return tuple(tiles), parts
 
     def prepare(self, nodes: Sequence[Node], carried: frozenset[str]) -> None:
         """Stores factors of products that depend on nothing carried: [C, C] blocks and, if chosen, scaled rows."""
@@ -287,9 +304,12 @@ def _fits_scan(
         return False
     axes = [carry.axes[-1] for carry in carries]
     scan = closure([carry.following for carry in carries], stored)
-    tiles = tileable(scan, axes)
-    own = tileable(closure([store.node], stored), tiles)
-    return bool(own) and own == tiles and all(axis in store.value.axes for axis in own)
+    axes = [a for a in axes if (found := split(scan, a, stored)) and "part" not in found.values()]
+    own = closure([store.node], stored)
+    return bool(axes) and all(
+        axis in store.value.axes and (found := split(own, axis, stored)) and "part" not in found.values()
+        for axis in axes
+    )
 
 
 def _is_solve(node: Node) -> bool:

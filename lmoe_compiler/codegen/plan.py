@@ -60,12 +60,15 @@ class Value:
     per sequence  [N, H, *axes]
     per segment   [N * segments, H, *axes]
     per head      [H, *axes], read only
+
+    With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it.
     """
 
     name: str
     axes: tuple[str, ...]
     per: Literal["row", "chunk", "sequence", "segment", "head"]
     dtype: Literal["dot", "fp32", "given"] = "dot"
+    parts: int = 0
 
 
 @dataclass(frozen=True)

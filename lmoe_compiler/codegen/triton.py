@@ -22,6 +22,7 @@ from lmoe_compiler.codegen.statements import (
     spread,
 )
 from lmoe_compiler.codegen.tile import inside_levels
+from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
 from lmoe_compiler.lower.program import VALID
 
@@ -57,6 +58,7 @@ class KernelPrinter:
         self.cut = {load.node: load.value for load in kernel.loads}
         self.nodes = closure([*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)], self.cut)
         self.levels = inside_levels(self.nodes)
+        self.splits = [(axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes]
         self.in_loop = False
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1
@@ -135,6 +137,9 @@ class KernelPrinter:
 
     def place(self, value: Value, name: str) -> tuple[str, str, tuple[str, ...]]:
         if value.per == "row":
+            if value.parts:
+                (axis,) = self.kernel.tile_sizes
+                name = f"{name} + i_{identifier(axis)}.to(tl.int64) * TOKENS * (H * ({self.width(value.axes)}))"
             return self.row_block(name, value.axes, "H", "i_h")
         index = {
             "chunk": "(i_slot * H + i_h)",
@@ -270,9 +275,17 @@ class KernelPrinter:
                     operand = Block(f"({operand.text} != 0.0)", operand.dims, "bool")
             else:
                 operand = self.fp32(operand)
-            texts.append(spread(operand.text, operand.dims, dims))
+            text = spread(operand.text, operand.dims, dims)
+            texts.append(self.once(node, node.args[position], text))
         kind = "bool" if node.op in COMPARISONS else "fp32"
         return self.assign("", pointwise(node, texts), dims, kind)
+
+    def once(self, node: Node, operand: Node, text: str) -> str:
+        """A whole operand added to a part counts in the first tile only."""
+        for axis, found in self.splits:
+            if node.op in ("add", "sub") and found[node] == "part" and found[operand] == "whole":
+                text = f"tl.where(i_{identifier(axis)} == 0, {text}, 0.0)"
+        return text
 
     def rename(self, node: Node, block: Block) -> Block:
         old, new = str(node["old"]), str(node["new"])
@@ -332,7 +345,8 @@ class KernelPrinter:
             zeros = f"tl.zeros({self.shape(dims)}, tl.float32)"
             text = f"{text} + {zeros}" if dims else text
         masks = [mask] if mask else []
-        masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+        if not value.parts:
+            masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         tail = f", mask={' & '.join(masks)}" if masks else ""
         cast = f"({text}).to({name}.dtype.element_ty)"
         self.write(f"tl.store({pointers}, {cast}{tail})")
@@ -348,9 +362,10 @@ class KernelPrinter:
         params = [*self.args]
         params += ["cu_seqlens", "N"] if self.plan.varlen else []
         constants = self.constant_names()
+        params += ["TOKENS"] if any(s.value.parts for s in self.kernel.stores) else []
         signature = ", ".join(params + ["T"])
         constexprs = ", ".join(f"{c}: tl.constexpr" for c in constants)
-        skip = ", ".join(f'"{p}"' for p in (["N"] if self.plan.varlen else []) + ["T"])
+        skip = ", ".join(f'"{p}"' for p in params + ["T"] if p in ("N", "TOKENS", "T"))
         return [
             f"@triton.jit(do_not_specialize=[{skip}])",
             f"def {function}(",
