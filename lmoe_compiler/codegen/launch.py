@@ -72,7 +72,9 @@ class Launcher:
         tuning = kernel.tuning
         self.options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
 
-    def __call__(self, tensors: Mapping[str, Tensor], extent: Extent, cu_seqlens: Tensor | None) -> None:
+    def __call__(
+        self, tensors: Mapping[str, Tensor], extent: Extent, cu_seqlens: Tensor | None
+    ) -> None:
         parallel = self.kernel.order == "parallel"
         programs = extent.slots if parallel else extent.sequences * self.kernel.segments
         grid = (programs * self.plan.heads * self.tiles,)
@@ -91,12 +93,16 @@ def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
 
     half = plan.dtype != "fp32"
     settings = {
-        "DOT": tl.float32 if interpreting() else {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[plan.dtype],
+        "DOT": tl.float32
+        if interpreting()
+        else {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[plan.dtype],
         "PRECISION": "ieee" if interpreting() else "tf32" if half else "tf32x3",
         "INVERSE": "ieee" if interpreting() else "tf32" if half else "tf32x3",
         "SPLIT": half and not interpreting(),
     }
-    return {name: settings[name] if isinstance(value, str) else value for name, value in names.items()}
+    return {
+        name: settings[name] if isinstance(value, str) else value for name, value in names.items()
+    }
 
 
 class Executable:
@@ -121,7 +127,9 @@ class Executable:
         device = next(iter(inputs.values())).device
         for launcher in self.launchers:
             for value in _stored(launcher.kernel):
-                dtype = {"dot": self.dot, "fp32": torch.float32}.get(value.dtype) or given[value.name]
+                dtype = {"dot": self.dot, "fp32": torch.float32}.get(value.dtype) or given[
+                    value.name
+                ]
                 shape = shape_of(value, self.plan, extent)
                 make = torch.zeros if value.per == "chunk" and extent.varlen else torch.empty
                 tensors[identifier(value.name)] = make(shape, dtype=dtype, device=device)
@@ -133,4 +141,7 @@ class Executable:
 
 
 def _stored(kernel: Kernel) -> list[Value]:
-    return [*(s.value for s in kernel.stores), *(c.end for c in kernel.carries if c.end is not None)]
+    return [
+        *(s.value for s in kernel.stores),
+        *(c.end for c in kernel.carries if c.end is not None),
+    ]

@@ -35,7 +35,9 @@ def load_module(variant: str, text: str) -> ModuleType:
         draft.write_text(text)
         os.replace(draft, path)
     elif path.read_text() != text:
-        warnings.warn(f"using the edited kernels in {path}; delete the file to regenerate it", stacklevel=2)
+        warnings.warn(
+            f"using the edited kernels in {path}; delete the file to regenerate it", stacklevel=2
+        )
     name = f"lmoe_generated_{path.stem.replace('-', '_')}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

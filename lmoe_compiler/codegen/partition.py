@@ -93,7 +93,9 @@ class Partition:
     kernels: list[Kernel] = field(default_factory=list)
     stored: dict[Node, Value] = field(default_factory=dict)
 
-    def add(self, name: str, order: Order, carries: Sequence[Carry], stores: Sequence[Store]) -> None:
+    def add(
+        self, name: str, order: Order, carries: Sequence[Carry], stores: Sequence[Store]
+    ) -> None:
         """A kernel that computes `stores` and the carries' next values; its loads follow from what is stored."""
         leaves = {c.leaf for c in carries}
         cut = {n: v for n, v in self.stored.items() if n not in leaves}
@@ -103,7 +105,9 @@ class Partition:
         tuning = self.choice.tuning(name)
         tiles, parts = self.tiles(order, nodes, cut, stores, (tuning.block, tuning.block_second))
         stores = [
-            replace(s, value=replace(s.value, parts=parts[s.node], dtype="fp32")) if s.node in parts else s
+            replace(s, value=replace(s.value, parts=parts[s.node], dtype="fp32"))
+            if s.node in parts
+            else s
             for s in stores
         ]
         kernel = Kernel(name, order, tuple(carries), loads, tuple(stores), tiles, tuning)
@@ -133,7 +137,9 @@ class Partition:
             if not block or padded(sizes[axis]) <= block or found is None or parts:
                 continue
             sums = [s for s in stores if found[s.node] == "part"]
-            if any(s.value.axes for s in sums) or (order != "parallel" and "part" in found.values()):
+            if any(s.value.axes for s in sums) or (
+                order != "parallel" and "part" in found.values()
+            ):
                 continue
             if "tile" in (found[s.node] for s in stores) or order != "parallel":
                 tiles.append((axis, block))
@@ -200,7 +206,9 @@ def _initial(var: Var, present: bool) -> Value | None:
 def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     """prepare (if chosen, or if there is a solve) and one fused scan."""
     program = chunk.program
-    output, *following = to_tiles([chunk.output, *chunk.next_states], dict(call.sizes), _values(program), call.exact)
+    output, *following = to_tiles(
+        [chunk.output, *chunk.next_states], dict(call.sizes), _values(program), call.exact
+    )
     nodes = closure([output, *following])
     part = Partition(program, choice, call)
     if choice.prepare:
@@ -234,9 +242,16 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     forward, program = adjoint.forward, adjoint.forward.program
     count = len(program.inputs)
     roots = to_tiles(
-        [*adjoint.input_grads, *adjoint.state_grads, *forward.next_states], dict(call.sizes), _values(program), call.exact
+        [*adjoint.input_grads, *adjoint.state_grads, *forward.next_states],
+        dict(call.sizes),
+        _values(program),
+        call.exact,
     )
-    grads, before, after = roots[:count], roots[count : count + len(program.states)], roots[-len(program.states) :]
+    grads, before, after = (
+        roots[:count],
+        roots[count : count + len(program.states)],
+        roots[-len(program.states) :],
+    )
     nodes = closure(roots)
     leaves = _leaves(nodes)
     states = frozenset(v.name for v in program.states)
@@ -249,7 +264,9 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     depends = dependences(nodes, states | adjoints)
     solves = [n for n in needed if _is_solve(n) and depends[n]]
 
-    def carried(var: Var, leaf: str, following: Node, start: Value | None, end: Value | None) -> Carry:
+    def carried(
+        var: Var, leaf: str, following: Node, start: Value | None, end: Value | None
+    ) -> Carry:
         node = leaves.get(leaf) or Var(leaf, "state", var.axes).node
         return Carry(node, following, var.axes, start, end)
 
@@ -276,7 +293,9 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         )
         for var, node, given in zip(program.states, before, call.has_final_gradient, strict=True)
     ]
-    outputs = [_gradient(program, var, grad) for var, grad in zip(program.inputs, grads, strict=True)]
+    outputs = [
+        _gradient(program, var, grad) for var, grad in zip(program.inputs, grads, strict=True)
+    ]
     if choice.fused:
         part.add("gradients", "reverse", backward, outputs)
         return part.plan("backward")
@@ -307,7 +326,9 @@ def _fits_scan(
     axes = [a for a in axes if (found := split(scan, a, stored)) and "part" not in found.values()]
     own = closure([store.node], stored)
     return bool(axes) and all(
-        axis in store.value.axes and (found := split(own, axis, stored)) and "part" not in found.values()
+        axis in store.value.axes
+        and (found := split(own, axis, stored))
+        and "part" not in found.values()
         for axis in axes
     )
 

@@ -60,7 +60,13 @@ BINARY: dict[str, str] = {
     "where": "tl.where({0}, {1}, {2})",
 }  # fmt: skip
 COMPARISONS = frozenset({"gt", "ge", "lt", "le", "eq", "isfinite"})
-SMALL_POWERS = {2.0: "{0} * {0}", 0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", -1.0: "1.0 / {0}", 3.0: "{0} * {0} * {0}"}
+SMALL_POWERS = {
+    2.0: "{0} * {0}",
+    0.5: "tl.sqrt({0})",
+    -0.5: "tl.rsqrt({0})",
+    -1.0: "1.0 / {0}",
+    3.0: "{0} * {0} * {0}",
+}
 
 
 def pointwise(node: Node, operands: Sequence[str]) -> str:
@@ -80,7 +86,9 @@ def chunk_op(node: Node, operand: Block) -> str:
     if node.op == "prefix":
         return f"tl.cumsum({x}, 0)" if node["inclusive"] else f"exclusive_prefix({x}, C)"
     if node.op == "suffix":
-        return f"tl.cumsum({x}, 0, reverse=True)" if node["inclusive"] else f"exclusive_suffix({x}, C)"
+        return (
+            f"tl.cumsum({x}, 0, reverse=True)" if node["inclusive"] else f"exclusive_suffix({x}, C)"
+        )
     if node.op == "segment":
         return f"segment_sums({x}, {bool(node['exclusive'])}, C)"
     if node.op == "between":

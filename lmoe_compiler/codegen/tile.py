@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node, topological
+from lmoe_compiler.lower.program import VALID
 
 LOG_ZERO = -104.0
 GATE_OPERAND = {"segment": 0, "decayed": 2, "decayed_rows": 2, "decayed_cols": 2, "decayed_gate": 3}
@@ -101,6 +102,8 @@ def _rewrite(build: Builder, node: Node, args: list[Node], sizes: Mapping[str, i
         return args[0]
     if all(a.op == "const" for a in args) and node.op in FOLD:
         return build.const(FOLD[node.op](*(float(a["value"]) for a in args)))  # type: ignore[arg-type]
+    if node.op == "where" and _is_valid(args[0]) and _is_zero(args[2]) and _empty_rows(args[1]):
+        return args[1]
     if node.op in EXPAND:
         return EXPAND[node.op](build, node, args)
     if node.op == "dot":
@@ -135,6 +138,28 @@ RUNNING: dict[str, Callable[[Builder, Node, Node], Node]] = {
     "segment": _segment,
 }
 
+
+def _is_valid(node: Node) -> bool:
+    return node.op == "input" and node.name == VALID
+
+
+def _is_zero(node: Node) -> bool:
+    return node.op == "const" and node["value"] == 0.0
+
+
+def _empty_rows(node: Node) -> bool:
+    """Whether rows past the end are zero by themselves: loads are masked, and products keep zeros."""
+    if node.op == "input":
+        return ROW in node.axes
+    if node.op in ("neg", "floor"):
+        return _empty_rows(node.args[0])
+    if node.op in ("add", "sub"):
+        return all(_empty_rows(a) for a in node.args)
+    if node.op == "where":
+        return _is_valid(node.args[0]) and _is_zero(node.args[2])
+    return node.op == "mul" and any(_empty_rows(a) for a in node.args)
+
+
 FOLD: dict[str, Callable[..., float]] = {
     "neg": lambda x: -x, "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y,
     "div": lambda x, y: x / y, "pow": lambda x, y: x**y, "sqrt": math.sqrt, "rsqrt": lambda x: x**-0.5,
@@ -151,7 +176,9 @@ def _dot(build: Builder, node: Node, args: list[Node], sizes: Mapping[str, int])
     if axis in a.axes:
         a, b = b, a
     if axis not in b.axes:
-        return build.make("mul", build.make("mul", a, b), build.const(sizes[axis.rstrip("'")]), like=node)
+        return build.make(
+            "mul", build.make("mul", a, b), build.const(sizes[axis.rstrip("'")]), like=node
+        )
     return build.make("mul", a, build.make("sum", b, axis=axis), like=node)
 
 
@@ -227,7 +254,9 @@ class Levels:
     def rows(self, w: Node, x: Node) -> Node:
         """[t, axis]: one level of sum_s w[t, s] x_s exp(...)."""
         b = self.build
-        product = b.make("dot", b.make("pairs", w), _as_source(b, self.scaled(x)), like=self.node, axis=SOURCE)
+        product = b.make(
+            "dot", b.make("pairs", w), _as_source(b, self.scaled(x)), like=self.node, axis=SOURCE
+        )
         return b.make("mul", product, self.factor)
 
     def cols(self, w: Node, r: Node) -> Node:
@@ -244,7 +273,9 @@ def _row(build: Builder, x: Node) -> Node:
 def _decayed(build: Builder, node: Node, args: list[Node]) -> Node:
     r, x, gate = _row(build, args[0]), _row(build, args[1]), args[2]
     levels, axis = Levels(build, node, gate), str(node["axis"])
-    product = build.make("dot", levels.scaled(r), _as_source(build, levels.scaled(x)), like=node, axis=axis)
+    product = build.make(
+        "dot", levels.scaled(r), _as_source(build, levels.scaled(x)), like=node, axis=axis
+    )
     total = build.make("level_sum", build.make("pairs", product), like=node)
     if node["strict"]:
         return total
@@ -273,8 +304,12 @@ def _with_own(build: Builder, node: Node, total: Node, w: Node, x: Node) -> Node
 def _decayed_gate(build: Builder, node: Node, args: list[Node]) -> Node:
     w, r, x, gate = args[0], _row(build, args[1]), _row(build, args[2]), args[3]
     levels = Levels(build, node, gate)
-    both = build.make("add", build.make("mul", r, levels.rows(w, x)), build.make("mul", x, levels.cols(w, r)))
-    return build.make("level_sum", build.make("half_gather", both, exclusive=levels.exclusive), like=node)
+    both = build.make(
+        "add", build.make("mul", r, levels.rows(w, x)), build.make("mul", x, levels.cols(w, r))
+    )
+    return build.make(
+        "level_sum", build.make("half_gather", both, exclusive=levels.exclusive), like=node
+    )
 
 
 EXPAND: dict[str, Callable[[Builder, Node, list[Node]], Node]] = {

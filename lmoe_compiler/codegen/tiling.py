@@ -40,7 +40,9 @@ def split(nodes: Sequence[Node], axis: str, loaded: Iterable[Node]) -> dict[Node
 
 
 def _split(node: Node, axis: str, args: list[Split]) -> Split | None:
-    touched = {node[name] for name in ("axis", "old", "new") if any(k == name for k, _ in node.attrs)}
+    touched = {
+        node[name] for name in ("axis", "old", "new") if any(k == name for k, _ in node.attrs)
+    }
     if axis in touched:
         contracted = node.op in ("sum", "dot") and all(a == "tile" for a in args)
         return "part" if contracted else None

@@ -43,7 +43,9 @@ class KernelPrinter:
         self.inputs = {v.name: v for v in program.inputs}
         self.heads = dict(plan.input_heads)
         first = [] if kernel.order == "parallel" else list(kernel.tile_sizes)
-        self.order = axis_order([a for v in (*program.states, *program.inputs) for a in v.axes], first)
+        self.order = axis_order(
+            [a for v in (*program.states, *program.inputs) for a in v.axes], first
+        )
         self.blocks: dict[int, Block] = {}
         self.casts: dict[str, str] = {}
         self.lines: list[str] = []
@@ -56,9 +58,13 @@ class KernelPrinter:
         self.loads = {id(load.node): load.value for load in kernel.loads}
         self.sizes = plan.size_of
         self.cut = {load.node: load.value for load in kernel.loads}
-        self.nodes = closure([*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)], self.cut)
+        self.nodes = closure(
+            [*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)], self.cut
+        )
         self.levels = inside_levels(self.nodes)
-        self.splits = [(axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes]
+        self.splits = [
+            (axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes
+        ]
         self.in_loop = False
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1
@@ -104,7 +110,9 @@ class KernelPrinter:
     def width(self, axes: Sequence[str]) -> str:
         return " * ".join("C" if a == SOURCE else identifier(self.axis(a)) for a in axes) or "1"
 
-    def row_block(self, pointer: str, axes: Sequence[str], heads: str, head: str) -> tuple[str, str, tuple[str, ...]]:
+    def row_block(
+        self, pointer: str, axes: Sequence[str], heads: str, head: str
+    ) -> tuple[str, str, tuple[str, ...]]:
         """Pointers [C, *axes] of the rows of this chunk, the mask, and the dimensions."""
         width = self.width(axes)
         for a in axes:
@@ -112,17 +120,24 @@ class KernelPrinter:
                 self.axes_used[self.axis(a)] = None
         dims = tuple(sorted((ROW, *axes), key=self.order))
         rows = spread("o_t", [ROW], dims)
-        terms = [f"{pointer} + (i_t * {heads} + {head}) * ({width})", f"{rows} * ({heads} * {width})"]
+        terms = [
+            f"{pointer} + (i_t * {heads} + {head}) * ({width})",
+            f"{rows} * ({heads} * {width})",
+        ]
         masks = [spread("m_t", [ROW], dims)]
         for position, axis in enumerate(axes):
-            rest = " * ".join("C" if a == SOURCE else identifier(self.axis(a)) for a in axes[position + 1 :])
+            rest = " * ".join(
+                "C" if a == SOURCE else identifier(self.axis(a)) for a in axes[position + 1 :]
+            )
             index = spread("o_t" if axis == SOURCE else f"o_{identifier(axis)}", [axis], dims)
             terms.append(f"{index} * ({rest})" if rest else index)
             if axis != SOURCE and self.masked(axis):
                 masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
         return " + ".join(terms), " & ".join(masks), dims
 
-    def state_block(self, pointer: str, index: str, axes: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
+    def state_block(
+        self, pointer: str, index: str, axes: Sequence[str]
+    ) -> tuple[str, str, tuple[str, ...]]:
         """Pointers [*axes] of one per-chunk, per-sequence or per-head value."""
         dims = tuple(sorted(axes, key=self.order))
         terms, masks = [f"{pointer} + {index} * ({self.width(axes)})"], []
@@ -215,9 +230,17 @@ class KernelPrinter:
 
     def level_loop(self, first: Node) -> None:
         """One loop over the dyadic levels for every sum that can run beside `first`."""
-        sums = [n for n in self.nodes if n.op == "level_sum" and id(n) not in self.blocks and id(n) not in self.loads]
+        sums = [
+            n
+            for n in self.nodes
+            if n.op == "level_sum" and id(n) not in self.blocks and id(n) not in self.loads
+        ]
         below = {id(n): {id(x) for x in closure(n.args, self.cut)} for n in sums}
-        sums = [n for n in sums if n is first or not any(id(m) in below[id(n)] or id(n) in below[id(m)] for m in sums)]
+        sums = [
+            n
+            for n in sums
+            if n is first or not any(id(m) in below[id(n)] or id(n) in below[id(m)] for m in sums)
+        ]
         for node in closure([n.args[0] for n in sums], self.cut):
             if not self.in_level(node):
                 self.emit(node)
@@ -263,7 +286,12 @@ class KernelPrinter:
         block = self.fp32(operands[0])
         if node.op in ("prefix", "suffix") and block.dims[0] != ROW:
             raise NotImplementedError("running sums over rows of a tiled value")
-        dims = {"segment": (ROW, SOURCE), "between": (ROW, SOURCE), "diagonal": (ROW, SOURCE), "diagonal_of": (ROW,)}.get(node.op, block.dims)
+        dims = {
+            "segment": (ROW, SOURCE),
+            "between": (ROW, SOURCE),
+            "diagonal": (ROW, SOURCE),
+            "diagonal_of": (ROW,),
+        }.get(node.op, block.dims)
         return self.assign("", chunk_op(node, block), dims)
 
     def pointwise(self, node: Node, operands: Sequence[Block]) -> Block:
@@ -314,11 +342,15 @@ class KernelPrinter:
             a, b = self.dot_type(a), self.dot_type(b)
             left = a.text if a.dims[1] == axis else f"tl.trans({a.text})"
             right = b.text if b.dims[0] == axis else f"tl.trans({b.text})"
-            return self.assign("", f"tl.dot({left}, {right}, input_precision=PRECISION)", [*rest_a, *rest_b])
+            return self.assign(
+                "", f"tl.dot({left}, {right}, input_precision=PRECISION)", [*rest_a, *rest_b]
+            )
         dims = tuple(sorted(dict.fromkeys([*a.dims, *b.dims]), key=self.order))
         x, y = (spread(o.text, o.dims, dims) for o in (self.fp32(a), self.fp32(b)))
         position = dims.index(axis)
-        return self.assign("", f"tl.sum({x} * {y}, {position})", dims[:position] + dims[position + 1 :])
+        return self.assign(
+            "", f"tl.sum({x} * {y}, {position})", dims[:position] + dims[position + 1 :]
+        )
 
     def reduce(self, node: Node, block: Block) -> Block:
         axis = str(node["axis"])
@@ -330,7 +362,9 @@ class KernelPrinter:
         dims = block.dims[:position] + block.dims[position + 1 :]
         if node.op == "max" and axis not in (ROW, SOURCE) and self.masked(axis):
             mask = spread(f"m_{identifier(axis)}", [axis], block.dims)
-            return self.assign("", f'tl.max(tl.where({mask}, {block.text}, -float("inf")), {position})', dims)
+            return self.assign(
+                "", f'tl.max(tl.where({mask}, {block.text}, -float("inf")), {position})', dims
+            )
         block = self.clean(None, block, axis) if node.op == "sum" else block
         return self.assign("", f"tl.{node.op}({block.text}, {position})", dims)
 
@@ -381,8 +415,15 @@ class KernelPrinter:
         names: dict[str, int | str] = {"H": self.plan.heads, **self.constants, "C": self.plan.chunk}
         for axis in self.axes_used:
             names[identifier(axis)] = self.sizes[axis]
-            names["B" + identifier(axis)] = self.kernel.tile_sizes.get(axis, padded(self.sizes[axis]))
-        return names | {"DOT": "DOT", "PRECISION": "PRECISION", "INVERSE": "INVERSE", "SPLIT": "SPLIT"}
+            names["B" + identifier(axis)] = self.kernel.tile_sizes.get(
+                axis, padded(self.sizes[axis])
+            )
+        return names | {
+            "DOT": "DOT",
+            "PRECISION": "PRECISION",
+            "INVERSE": "INVERSE",
+            "SPLIT": "SPLIT",
+        }
 
     def print_indices(self) -> None:
         kernel, varlen = self.kernel, self.plan.varlen
@@ -454,7 +495,10 @@ class KernelPrinter:
             self.write("i_c = n_c - 1 - i_r")
         self.print_rows()
         if any(v.per == "chunk" for v in self.values()):
-            self.write("i_slot = " + ("bos // C + i_n + i_c" if self.plan.varlen else "i_n.to(tl.int64) * n_c + i_c"))
+            self.write(
+                "i_slot = "
+                + ("bos // C + i_n + i_c" if self.plan.varlen else "i_n.to(tl.int64) * n_c + i_c")
+            )
         leaves = [c.leaf for c in self.kernel.carries]
         for store in sorted(self.kernel.stores, key=lambda s: s.node not in leaves):
             self.store(store.node, store.value)
@@ -482,12 +526,16 @@ class KernelPrinter:
         for d in dims:
             self.axes_used[self.axis(d)] = None
         if carry.start is None:
-            self.write(f"{name} = tl.zeros({self.shape(dims)}, tl.float32)" if dims else f"{name} = 0.0")
+            self.write(
+                f"{name} = tl.zeros({self.shape(dims)}, tl.float32)" if dims else f"{name} = 0.0"
+            )
         else:
             argument = identifier(carry.start.name)
             self.args[argument] = carry.start
             pointers, mask, _ = self.place(carry.start, argument)
-            self.write(f"{name} = {self.load_text(pointers, mask)}.to(tl.float32)  # {self.shape(dims)}")
+            self.write(
+                f"{name} = {self.load_text(pointers, mask)}.to(tl.float32)  # {self.shape(dims)}"
+            )
         self.blocks[id(carry.leaf)] = Block(name, dims)
 
     def print_end(self, value: Value, name: str, axes: Sequence[str]) -> None:
