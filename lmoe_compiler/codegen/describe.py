@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lmoe_compiler.codegen.plan import Kernel, Plan
+from lmoe_compiler.ir.text import print_program
 
 
 def header(plan: Plan) -> list[str]:
@@ -52,6 +53,4 @@ def _tuning(kernel: Kernel) -> str:
 
 
 def _recurrence(plan: Plan) -> list[str]:
-    from lmoe_compiler.ir.text import print_program
-
     return print_program(plan.program).splitlines()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -210,8 +211,6 @@ def _build(
 
 
 def _with_chunk(choice: Choice, size: int) -> Choice:
-    from dataclasses import replace
-
     return replace(choice, chunk=max(16, 1 << (size - 1).bit_length()))
 
 
