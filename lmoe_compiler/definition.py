@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler import call
-from lmoe_compiler.analysis import analyse
+from lmoe_compiler.analysis import analyse, check
+from lmoe_compiler.analysis.report import Proved
 from lmoe_compiler.config import Options
 from lmoe_compiler.dims import Dim, Head, State, Token
 from lmoe_compiler.errors import BadBound, BadSignature, UnknownAnnotation
 from lmoe_compiler.ir import interpret
-from lmoe_compiler.ir.nodes import Bound, Loc, Program, Transition, Var
+from lmoe_compiler.ir.nodes import Bound, Loc, Program, Var
 from lmoe_compiler.ir.parse import parse as parse_text
 from lmoe_compiler.ir.sequence import over_tokens
 from lmoe_compiler.ir.spec import verify
@@ -104,9 +105,9 @@ class Recurrence:
         return {}
 
     @property
-    def transition(self) -> Transition:
-        """What the analysis proved: `.kind`, `.states`; `str()` of it is the report."""
-        return self.ir.transition
+    def transition(self) -> Proved:
+        """What the analysis proved: `.kind`, `.states`, `.form`; `str()` of it is the report."""
+        return Proved(self.ir)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Every stage of this recurrence as text, for these arguments if given."""
@@ -189,7 +190,8 @@ def _proved(
     bounds: tuple[Bound, ...],
     static: tuple[tuple[str, int], ...],
 ) -> Program:
-    return verify(analyse(trace(name, definition, states, inputs, static), bounds))
+    traced = trace(name, definition, states, inputs, static)
+    return check(traced, verify(analyse(traced, bounds)))
 
 
 @overload

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 
-from lmoe_compiler.analysis import functions
+from lmoe_compiler.analysis import algebra
+from lmoe_compiler.analysis.algebra import relabel
 from lmoe_compiler.analysis.classify import RankOne, Refused, Terms, classify
 from lmoe_compiler.analysis.emit import Emitter
 from lmoe_compiler.analysis.evaluate import Evaluator
 from lmoe_compiler.analysis.intervals import range_of
-from lmoe_compiler.analysis.poly import Atom, Poly, atom, constant, relabel, show_monomial
+from lmoe_compiler.analysis.poly import Atom, Poly, atom, constant
+from lmoe_compiler.analysis.show import show_monomial
 from lmoe_compiler.ir.nodes import (
     Bound,
     Decay,
@@ -37,7 +39,8 @@ from lmoe_compiler.ir.nodes import (
     topological,
 )
 from lmoe_compiler.ir.spec import base
-from lmoe_compiler.operations import Context, another, relabel as rename_axes
+from lmoe_compiler.operations import Context, another
+from lmoe_compiler.operations import relabel as rename_axes
 from lmoe_compiler.trace import Traced
 
 LINEAR = {"add", "sub", "mul", "div", "neg", "dot", "sum", "rename", "index", "cast", "where"}
@@ -224,7 +227,7 @@ class _Analysis:
         feedbacks = tuple(self.feedback(f) for f in terms.feedbacks)
         writes = []
         for key, value in terms.writes:
-            loc = self.emit.line_of(functions.mul(key, value))
+            loc = self.emit.line_of(algebra.mul(key, value))
             writes.append(Write(self.emit.node(key), self.emit.node(value), loc))
         return Step(state, decays, feedbacks, tuple(writes))
 
@@ -233,7 +236,7 @@ class _Analysis:
         if not p:
             return Decay(const(0), const(float("-inf")), loc)
         low, _ = range_of(p, self.bounds)
-        log = self.emit.node(functions.log(p)) if low >= 0 else None
+        log = self.emit.node(algebra.log(p)) if low >= 0 else None
         return Decay(self.emit.node(p), log, loc)
 
     def feedback(self, f: RankOne) -> Feedback:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from lmoe_compiler.analysis.algebra import ONE, exp, mul, open_atom, relabel, scale
 from lmoe_compiler.analysis.poly import (
     Atom,
     Factor,
@@ -23,14 +24,8 @@ from lmoe_compiler.analysis.poly import (
     is_bound,
     is_free,
     labels_of,
-    mul,
-    open_atom,
-    relabel,
-    scale,
-    show_monomial,
 )
-
-ONE = constant(1)
+from lmoe_compiler.analysis.show import show_monomial
 
 
 class Refused(Exception):
@@ -297,8 +292,6 @@ def _divide_monomial(mono: Monomial, by: Monomial) -> Poly | None:
 
 def _without_exponent(have: Poly, wanted: Poly) -> Poly | None:
     """exp(have - wanted) if every term of `wanted` is contained in `have`."""
-    from lmoe_compiler.analysis.functions import exp
-
     if any(have.get(m, Fraction(0)) / c < 1 for m, c in wanted.items()):
         return None
     return exp(Poly(_sum(have, scale(wanted, -1))))

@@ -11,28 +11,35 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Protocol
 
+from lmoe_compiler.analysis.algebra import (
+    INDICATORS,
+    ONE,
+    add,
+    close_atom,
+    mul,
+    normal,
+    open_atom,
+    relabel,
+    scale,
+    single,
+    the_function,
+)
 from lmoe_compiler.analysis.classify import content
-from lmoe_compiler.analysis.functions import INDICATORS, ONE, single, the_function
 from lmoe_compiler.analysis.poly import (
     Atom,
     Factor,
     Monomial,
     Poly,
-    add,
     atom,
-    close_atom,
     components,
     dim,
     is_bound,
     is_free,
     labels_of,
-    mul,
-    open_atom,
-    relabel,
-    scale,
 )
 from lmoe_compiler.ir.nodes import Loc, Node, Var, const, input_, make
-from lmoe_compiler.operations import Context, another, relabel as rename_axes
+from lmoe_compiler.operations import Context, another
+from lmoe_compiler.operations import relabel as rename_axes
 
 AS_WRITTEN = 3
 
@@ -278,8 +285,6 @@ class Emitter:
                 factors.extend(next(iter(close_atom("fn", a.name, args))))
             else:
                 factors.append((a, labels))
-        from lmoe_compiler.analysis.poly import normal
-
         return normal(tuple(factors))
 
 

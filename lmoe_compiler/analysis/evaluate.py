@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
-from lmoe_compiler.analysis import functions as f
+from lmoe_compiler.analysis import algebra as f
+from lmoe_compiler.analysis.algebra import add, close_atom, mul, relabel, scale, sum_over
 from lmoe_compiler.analysis.poly import (
     Atom,
     Poly,
     TooLarge,
-    add,
     atom,
-    close_atom,
     constant,
     delta,
     is_bound,
-    mul,
     rational,
-    relabel,
-    scale,
-    sum_over,
 )
 from lmoe_compiler.ir.nodes import Node, topological
 from lmoe_compiler.ir.spec import base

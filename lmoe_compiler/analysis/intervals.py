@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from itertools import product
 
+from lmoe_compiler.analysis.algebra import open_atom
 from lmoe_compiler.analysis.evaluate import Evaluator
-from lmoe_compiler.analysis.poly import Factor, Poly, is_bound, labels_of, open_atom
+from lmoe_compiler.analysis.poly import Factor, Poly, is_bound, labels_of
 from lmoe_compiler.ir.nodes import Bound, Node
 
 Interval = tuple[float, float]

@@ -126,98 +126,26 @@ def delta(a: str, b: str) -> Poly:
     return Poly({((DELTA, tuple(sorted((a, b)))),): Fraction(1)})
 
 
-def _collect(parts: Iterable[tuple[Poly, Fraction]]) -> Poly:
-    total: dict[Monomial, Fraction] = {}
-    for poly, scale_ in parts:
-        for mono, c in poly.items():
-            total[mono] = total.get(mono, Fraction(0)) + c * scale_
-    if len(total) > MOST_MONOMIALS:
-        raise TooLarge
-    return Poly({m: c for m, c in total.items() if c})
-
-
-def add(*polys: Poly) -> Poly:
-    return _collect((p, Fraction(1)) for p in polys)
-
-
-def scale(p: Poly, c: Fraction | int) -> Poly:
-    return Poly({m: v * c for m, v in p.items()}) if c else Poly()
-
-
-def mul(p: Poly, q: Poly) -> Poly:
-    if len(p) * len(q) > 16 * MOST_MONOMIALS:
-        raise TooLarge
-    pairs = product(p.items(), q.items())
-    return _collect((normal(_apart(a, b)), c * d) for (a, c), (b, d) in pairs)
-
-
-def _apart(a: Monomial, b: Monomial) -> Monomial:
+def apart(a: Monomial, b: Monomial) -> Monomial:
     """The factors of both, with b's bound labels renamed clear of a's."""
     taken = {x for x in labels_of(a) if is_bound(x)}
     names: dict[str, str] = {}
     for x in sorted(labels_of(b)):
         if is_bound(x):
-            names[x] = _fresh(dim(x), taken)
+            names[x] = fresh(dim(x), taken)
             taken.add(names[x])
-    return a + _rename(b, names)
+    return a + renamed(b, names)
 
 
-def _fresh(of: str, taken: Iterable[str]) -> str:
+def fresh(of: str, taken: Iterable[str]) -> str:
     i = 0
     while f"{of}~{i}" in taken:
         i += 1
     return f"{of}~{i}"
 
 
-def _rename(mono: Iterable[Factor], names: Mapping[str, str]) -> Monomial:
+def renamed(mono: Iterable[Factor], names: Mapping[str, str]) -> Monomial:
     return tuple((a, tuple(names.get(x, x) for x in labels)) for a, labels in mono)
-
-
-def relabel(p: Poly, names: Mapping[str, str]) -> Poly:
-    if not names:
-        return p
-    return _collect((normal(_rename(m, names)), c) for m, c in p.items())
-
-
-def sum_over(p: Poly, label: str) -> Poly:
-    """Sum over a free label; a monomial without it is multiplied by the axis's size."""
-    size = ((Atom("size", dim(label)), ()),)
-
-    def one(mono: Monomial) -> Poly:
-        if label not in labels_of(mono):
-            return normal(mono + size)
-        return normal(_rename(mono, {label: _fresh(dim(label), labels_of(mono))}))
-
-    return _collect((one(m), c) for m, c in p.items())
-
-
-def normal(mono: Monomial) -> Poly:
-    """One product of factors in normal form (functions.py merges exponentials and powers)."""
-    from lmoe_compiler.analysis.functions import merge
-
-    factors = _without_deltas(list(mono))
-    merged = merge(factors)
-    return merged if merged is not None else Poly({canonical(factors): Fraction(1)})
-
-
-def _without_deltas(factors: list[Factor]) -> list[Factor]:
-    while True:
-        for n, (a, labels) in enumerate(factors):
-            if a is not DELTA and a.kind != "delta":
-                continue
-            i, j = labels
-            rest = factors[:n] + factors[n + 1 :]
-            if i == j:
-                lost = is_bound(i) and i not in labels_of(rest)
-                factors = [*rest, (Atom("size", dim(i)), ())] if lost else rest
-                break
-            if is_bound(i) or is_bound(j):
-                gone, kept = (i, j) if is_bound(i) else (j, i)
-                factors = list(_rename(rest, {gone: kept}))
-                break
-            factors[n] = (a, tuple(sorted(labels)))
-        else:
-            return factors
 
 
 def canonical(factors: Iterable[Factor]) -> Monomial:
@@ -245,28 +173,7 @@ def _orders(factors: list[Factor], bound: set[str]) -> Iterable[list[str]]:
 
 def _numbered(factors: list[Factor], order: list[str]) -> Monomial:
     names = {x: f"{dim(x)}~{i}" for i, x in enumerate(order)}
-    return tuple(sorted(_rename(factors, names), key=_factor_key))
-
-
-def open_atom(a: Atom, labels: tuple[str, ...]) -> tuple[Poly, ...]:
-    """The arguments of a function atom in terms of the labels of its factor."""
-    names = {f"{dim(x)}#{i}": x.replace("~", "^") for i, x in enumerate(labels)}
-    return tuple(relabel(p, names) for p in a.args)
-
-
-def close_atom(kind: str, name: str, args: tuple[Poly, ...]) -> Poly:
-    """A function atom of `args`: their free labels become slots, in the order that gives the least text."""
-    free = sorted({x for p in args for x in p.free})
-    best: tuple[str, tuple[str, ...], tuple[Poly, ...]] | None = None
-    for order in permutations(free):
-        slots = {x: f"{dim(x)}#{i}" for i, x in enumerate(order)}
-        closed = tuple(relabel(p, slots) for p in args)
-        text = "; ".join(p.key for p in closed)
-        if best is None or text < best[0]:
-            best = text, order, closed
-    assert best is not None
-    factor = Atom(kind, name, best[2]), tuple(x.replace("^", "~") for x in best[1])
-    return Poly({(factor,): Fraction(1)})
+    return tuple(sorted(renamed(factors, names), key=_factor_key))
 
 
 def components(
@@ -280,23 +187,3 @@ def components(
         merged = (mine.union(*(g[0] for g in near)), [f for g in near for f in g[1]] + [factor])
         groups = [g for g in groups if all(g is not n for n in near)] + [merged]
     return [g[1] for g in groups]
-
-
-def show(p: Poly) -> str:
-    """For people: `exp(g) S[K, V] - b k[K] k[i] S[i, V]`."""
-    return " + ".join(show_monomial(m, c) for m, c in p.ordered()).replace("+ -", "- ") or "0"
-
-
-def show_monomial(mono: Monomial, c: Fraction = Fraction(1)) -> str:
-    parts = []
-    for a, labels in mono:
-        if a.kind == "fn":
-            inner = ", ".join(show(p) for p in open_atom(a, labels))
-            parts.append(f"{a.name}({inner})")
-        else:
-            names = ", ".join(
-                x.replace("~0", "_i").replace("~", "_").replace("^", "_") for x in labels
-            )
-            parts.append((a.name or "delta") + (f"[{names}]" if names else ""))
-    sign = "" if c == 1 and parts else "-" if c == -1 and parts else f"{float(c):g} "
-    return sign + " ".join(parts)

@@ -1,34 +1,129 @@
-"""Functions of index polynomials: smart constructors that know the identities spellings differ by.
+"""The algebra of index polynomials: sums, products, relabelling, and functions that know the identities by which
+spellings differ.
 
-sigmoid(-x) = 1 - sigmoid(x)      1 / (1 + exp x) = sigmoid(-x)     softplus(x) = -logsigmoid(-x)
-exp p exp q = exp(p + q)          exp(p)^c = exp(c p)               exp(logsigmoid x + r) = sigmoid(x) exp r
-x^a x^b = x^(a + b)               log(c prod f) = log c + sum log f log(1 - sigmoid x) = logsigmoid(-x)
+    sigmoid(-x) = 1 - sigmoid(x)      1 / (1 + exp x) = sigmoid(-x)     softplus(x) = -logsigmoid(-x)
+    exp p exp q = exp(p + q)          exp(p)^c = exp(c p)               exp(logsigmoid x + r) = sigmoid(x) exp r
+    x^a x^b = x^(a + b)               log(c prod f) = log c + sum log f log(1 - sigmoid x) = logsigmoid(-x)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from itertools import permutations, product
 
 from lmoe_compiler.analysis.poly import (
+    MOST_MONOMIALS,
+    Atom,
     Factor,
     Monomial,
     Poly,
-    add,
+    TooLarge,
+    apart,
     canonical,
-    close_atom,
     constant,
+    dim,
+    fresh,
     is_bound,
     labels_of,
-    mul,
-    open_atom,
     rational,
-    scale,
+    renamed,
 )
 
 INDICATORS = {"gt0", "eq0"}
 ONE = constant(1)
 POSITIVE = {"exp", "sigmoid"}
+
+
+def _collect(parts: Iterable[tuple[Poly, Fraction]]) -> Poly:
+    total: dict[Monomial, Fraction] = {}
+    for poly, scale_ in parts:
+        for mono, c in poly.items():
+            total[mono] = total.get(mono, Fraction(0)) + c * scale_
+    if len(total) > MOST_MONOMIALS:
+        raise TooLarge
+    return Poly({m: c for m, c in total.items() if c})
+
+
+def add(*polys: Poly) -> Poly:
+    return _collect((p, Fraction(1)) for p in polys)
+
+
+def scale(p: Poly, c: Fraction | int) -> Poly:
+    return Poly({m: v * c for m, v in p.items()}) if c else Poly()
+
+
+def mul(p: Poly, q: Poly) -> Poly:
+    if len(p) * len(q) > 16 * MOST_MONOMIALS:
+        raise TooLarge
+    pairs = product(p.items(), q.items())
+    return _collect((normal(apart(a, b)), c * d) for (a, c), (b, d) in pairs)
+
+
+def normal(mono: Monomial) -> Poly:
+    """One product of factors in normal form."""
+    factors = _without_deltas(list(mono))
+    merged = merge(factors)
+    return merged if merged is not None else Poly({canonical(factors): Fraction(1)})
+
+
+def _without_deltas(factors: list[Factor]) -> list[Factor]:
+    while True:
+        for n, (a, labels) in enumerate(factors):
+            if a.kind != "delta":
+                continue
+            i, j = labels
+            rest = factors[:n] + factors[n + 1 :]
+            if i == j:
+                lost = is_bound(i) and i not in labels_of(rest)
+                factors = [*rest, (Atom("size", dim(i)), ())] if lost else rest
+                break
+            if is_bound(i) or is_bound(j):
+                gone, kept = (i, j) if is_bound(i) else (j, i)
+                factors = list(renamed(rest, {gone: kept}))
+                break
+            factors[n] = (a, tuple(sorted(labels)))
+        else:
+            return factors
+
+
+def relabel(p: Poly, names: Mapping[str, str]) -> Poly:
+    if not names:
+        return p
+    return _collect((normal(renamed(m, names)), c) for m, c in p.items())
+
+
+def sum_over(p: Poly, label: str) -> Poly:
+    """Sum over a free label; a monomial without it is multiplied by the axis's size."""
+    size = ((Atom("size", dim(label)), ()),)
+
+    def one(mono: Monomial) -> Poly:
+        if label not in labels_of(mono):
+            return normal(mono + size)
+        return normal(renamed(mono, {label: fresh(dim(label), labels_of(mono))}))
+
+    return _collect((one(m), c) for m, c in p.items())
+
+
+def open_atom(a: Atom, labels: tuple[str, ...]) -> tuple[Poly, ...]:
+    """The arguments of a function atom in terms of the labels of its factor."""
+    names = {f"{dim(x)}#{i}": x.replace("~", "^") for i, x in enumerate(labels)}
+    return tuple(relabel(p, names) for p in a.args)
+
+
+def close_atom(kind: str, name: str, args: tuple[Poly, ...]) -> Poly:
+    """A function atom of `args`: their free labels become slots, in the order that gives the least text."""
+    free = sorted({x for p in args for x in p.free})
+    best: tuple[str, tuple[str, ...], tuple[Poly, ...]] | None = None
+    for order in permutations(free):
+        slots = {x: f"{dim(x)}#{i}" for i, x in enumerate(order)}
+        closed = tuple(relabel(p, slots) for p in args)
+        text = "; ".join(p.key for p in closed)
+        if best is None or text < best[0]:
+            best = text, order, closed
+    assert best is not None
+    factor = Atom(kind, name, best[2]), tuple(x.replace("^", "~") for x in best[1])
+    return Poly({(factor,): Fraction(1)})
 
 
 def single(p: Poly) -> tuple[Monomial, Fraction] | None:
@@ -244,11 +339,13 @@ def _merge_powers(factors: list[Factor], powers: list[Factor]) -> Poly | None:
 
 
 def _product(rest: list[Factor], p: Poly) -> Poly:
-    """rest * p, where p's labels K^0 are bound labels of `rest`."""
-    from lmoe_compiler.analysis.poly import normal
-
+    """rest * p, where p's labels K^0 are bound labels of `rest`, and its labels K~0 are its own."""
     total = Poly()
     for mono, c in p.items():
-        closed = tuple((a, tuple(x.replace("^", "~") for x in labels)) for a, labels in mono)
-        total = add(total, scale(normal((*rest, *closed)), c))
+        names = {x: x.replace("^", "~") for x in labels_of(mono) if "^" in x}
+        taken = labels_of(rest) | set(names.values())
+        for x in sorted(x for x in labels_of(mono) if is_bound(x)):
+            names[x] = fresh(dim(x), taken)
+            taken.add(names[x])
+        total = add(total, scale(normal((*rest, *renamed(mono, names))), c))
     return total
