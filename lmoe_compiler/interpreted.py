@@ -39,7 +39,7 @@ def scan_backward(
     d_states: Sequence[Tensor | None],
     options: Options,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    with _autograd_inside_an_op():
+    with autograd_inside_an_op():
         leaves = [x.detach().requires_grad_() for x in (*inputs, *(states or ()))]
         given, initial = leaves[: len(inputs)], leaves[len(inputs) :]
         output, finals = _run(program, given, initial or None, cu_seqlens)
@@ -73,7 +73,7 @@ def span_map_backward(
     d_ends: Sequence[Tensor | None],
     options: Options,
 ) -> list[Tensor]:
-    with _autograd_inside_an_op():
+    with autograd_inside_an_op():
         leaves = [x.detach().requires_grad_() for x in inputs]
         maps, ends = _span_map(program, leaves, cu_seqlens)
         present = [m for m in maps if m is not None]
@@ -160,7 +160,7 @@ def _vjp(
 
 
 @contextmanager
-def _autograd_inside_an_op() -> Iterator[None]:
+def autograd_inside_an_op() -> Iterator[None]:
     """The dispatcher switches autograd off in the body of an op; here torch's own is needed."""
     keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
     with ExitStack() as stack:

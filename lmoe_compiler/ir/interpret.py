@@ -68,11 +68,11 @@ def evaluate(
     like = next(iter(env.values())).tensor
     for node in topological(roots, env):
         if node not in values:
-            values[node] = _apply(node, [values[a] for a in node.args], sizes, like, rules or {})
+            values[node] = apply_op(node, [values[a] for a in node.args], sizes, like, rules or {})
     return [values[root] for root in roots]
 
 
-def _apply(
+def apply_op(
     node: Node, args: list[Value], sizes: Mapping[str, int], like: Tensor, rules: Mapping[str, Rule]
 ) -> Value:
     op = node.op

@@ -193,6 +193,8 @@ def rebuild(node: Node, args: Sequence[Node]) -> Node:
         return sum_over(args[0], str(node["axis"]))
     if op == "solve":
         return solve(args[0], args[1], bool(node["transposed"]))
+    if op == "rename":
+        return rename(args[0], str(node["old"]), str(node["new"]))
     if op == "causal":
         return causal(args[0], bool(node["strict"]))
     return interned(Node(op, tuple(args), node.attrs, node.loc))

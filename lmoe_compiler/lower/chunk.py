@@ -36,6 +36,10 @@ from lmoe_compiler.lower import algebra as al
 from lmoe_compiler.lower.program import VALID, ChunkProgram
 
 
+# What stands for the keys' axis of a state that only decays by a scalar.
+NO_AXIS = ""
+
+
 class NoChunkForm(Exception):
     """Why a program is run token by token."""
 
@@ -284,7 +288,7 @@ def key_axis(var: Var, step: Step, reads: Iterable[Read]) -> str:
     contracted = [vector.axes for vector in vectors if vector is not None]
     contracted += [f.read.axes for f in step.feedbacks]
     decayed = {axis for decay in step.decays for axis in decay.factor.axes}
-    for axis in var.axes:
+    for axis in (*var.axes, NO_AXIS):
         if all(axes == (axis,) for axes in contracted) and decayed <= {axis}:
             return axis
     raise NoChunkForm(f"no one axis of {var.name} carries its decay, feedback and reads")

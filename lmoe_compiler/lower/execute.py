@@ -1,9 +1,7 @@
-"""The CPU implementation: a recurrence's five functions, computed with ATen from its chunk program.
+"""The five functions of a recurrence on CPU, with ATen: the implementation behind the ops when there are no kernels.
 
-Layouts as everywhere: tokens [B, T, H, *axes], heads [H, *axes], states [N, H, *axes]. In here
-tokens are rows [B, H, chunks, C, *axes] in fp32 (fp64 for fp64); packed documents are the batch of a
-padded layout (documents.py). schedule.py says what runs for all chunks at once. A program without a
-chunk form runs token by token (interpreted.py).
+Programs with a chunk form run by chunked.py, all others token by token by sequential.py. Packed documents become
+rows of padded batches (rows.py). Nothing is kept for the backward but the inputs.
 """
 
 from __future__ import annotations
@@ -13,130 +11,184 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmoe_compiler import interpreted
+from lmoe_compiler import layout
 from lmoe_compiler.config import Options
-from lmoe_compiler.ir.interpret import Value
-from lmoe_compiler.ir.nodes import Node, Program
-from lmoe_compiler.lower.documents import Part, parts
-from lmoe_compiler.lower.program import gradient_name
-from lmoe_compiler.lower.rows import Rows
-from lmoe_compiler.lower.schedule import Schedule, schedule
+from lmoe_compiler.ir.nodes import Program
+from lmoe_compiler.layout import Sizes
+from lmoe_compiler.lower import chunked, sequential, spans
+from lmoe_compiler.lower.rows import Packing, packings
 
+__all__ = ["scan", "scan_backward", "span_map", "span_map_backward", "step"]
 
-def compute_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-
-
-def output_dtype(program: Program, inputs: Sequence[Tensor]) -> torch.dtype:
-    return next(x.dtype for v, x in zip(program.inputs, inputs, strict=True) if v.kind == "token")
+Tensors = Sequence[Tensor]
+CHUNK_SIZE = 64
 
 
 def scan(
     program: Program,
-    inputs: Sequence[Tensor],
-    states: Sequence[Tensor] | None,
+    inputs: Tensors,
+    states: Tensors | None,
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Output [B, T, H, *axes], final states [N, H, *axes]; nothing is saved for backward."""
-    plan = schedule(program)
-    if plan is None:
-        return interpreted.scan(program, inputs, states, cu_seqlens, options)
-    whole = Rows(program, inputs, options)
-    dtype = compute_dtype(inputs)
-    documents = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    output = inputs[0].new_zeros(whole.output_shape, dtype=output_dtype(program, inputs))
-    finals = [s.clone() for s in whole.initial(states, documents, dtype)]
-    for part in parts(cu_seqlens, whole.length):
-        rows, env = _rows(program, inputs, states, part, options, dtype)
-        entries, final = rows.loop(plan.forward, env, reverse=False)
-        (value,) = rows.evaluate([plan.output], {**env, **entries})
-        part.put_tokens(output, rows.tokens(value, program.output.axes).to(output.dtype))
-        for into, value in zip(finals, final, strict=True):
-            part.put_states(into, value)
+    """Output [B, T, H, *axes], final states [N, H, *axes], and nothing to keep."""
+    sizes = layout.measure(program, inputs, states or (), cu_seqlens)
+    initial = initial_states(program, sizes, inputs, states)
+    if chunked.chunk_form(program) is None:
+        return *sequential.scan(program, sizes, inputs, initial, cu_seqlens), []
+    if cu_seqlens is None:
+        output, finals = chunked.scan(_rows(program, sizes, inputs, options), initial)
+        return output, _separate(finals, initial), []
+    output = inputs[layout.first_token(program)].new_empty(sizes.output(program))
+    finals = [x.clone() for x in initial]
+    for packing in packings(cu_seqlens):
+        rows = _rows(program, sizes, inputs, options, packing)
+        o, ends = chunked.scan(rows, [x[packing.documents] for x in initial])
+        packing.scatter(o, output)
+        for final, end in zip(finals, ends, strict=True):
+            final[packing.documents] = end
     return output, finals, []
 
 
 def scan_backward(
     program: Program,
-    inputs: Sequence[Tensor],
-    states: Sequence[Tensor] | None,
+    inputs: Tensors,
+    states: Tensors | None,
     cu_seqlens: Tensor | None,
-    saved: Sequence[Tensor],
+    saved: Tensors,
     d_output: Tensor,
     d_states: Sequence[Tensor | None],
     options: Options,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Gradients of the inputs (their shapes and dtypes) and of the initial states, if any."""
-    plan = schedule(program)
-    if plan is None:
-        return interpreted.scan_backward(
-            program, inputs, states, cu_seqlens, saved, d_output, d_states, options
+    """Gradients of inputs, in their shapes and dtypes, and of the initial states where there are any."""
+    sizes = layout.measure(program, inputs, states or (), cu_seqlens)
+    initial = initial_states(program, sizes, inputs, states)
+    ends = [
+        torch.zeros_like(x) if d is None else d.to(x.dtype)
+        for x, d in zip(initial, d_states, strict=True)
+    ]
+    if chunked.chunk_form(program) is None:
+        d_inputs, d_initial = sequential.scan_backward(
+            program, sizes, inputs, initial, cu_seqlens, d_output, ends
         )
-    dtype = compute_dtype(inputs)
-    documents = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    whole = Rows(program, inputs, options)
-    zeros = whole.initial(None, documents, dtype)
-    into = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs]
-    ends = [z if d is None else d.to(dtype) for z, d in zip(zeros, d_states, strict=True)]
-    entering = [e.clone() for e in ends]
-    for part in parts(cu_seqlens, whole.length):
-        rows, env = _rows(program, inputs, states, part, options, dtype)
-        grads, starts = _backward(
-            plan, rows, env, part.tokens(d_output), [part.states(e) for e in ends]
-        )
-        for var, total, value in zip(program.inputs, into, grads, strict=True):
-            if var.kind == "head":
-                total += rows.head_gradient(value, var, total.shape[0])
-            else:
-                part.put_tokens(total, rows.token_gradient(value, var, total.shape[2]))
-        for total, value in zip(entering, starts, strict=True):
-            part.put_states(total, value)
-    typed = [g.to(x.dtype) for g, x in zip(into, inputs, strict=True)]
+    elif cu_seqlens is None:
+        rows = _rows(program, sizes, inputs, options)
+        d_inputs, d_initial = chunked.scan_backward(rows, initial, d_output, ends)
+    else:
+        d_inputs, d_initial = [x.new_zeros(x.shape) for x in inputs], [x.clone() for x in ends]
+        for packing in packings(cu_seqlens):
+            rows = _rows(program, sizes, inputs, options, packing)
+            parts, starts = chunked.scan_backward(
+                rows,
+                [x[packing.documents] for x in initial],
+                packing.gather(d_output),
+                [x[packing.documents] for x in ends],
+            )
+            for i, (var, part) in enumerate(zip(program.inputs, parts, strict=True)):
+                if var.kind == "token":
+                    packing.scatter(part, d_inputs[i])
+                else:
+                    d_inputs[i] = d_inputs[i] + part
+            for d, start in zip(d_initial, starts, strict=True):
+                d[packing.documents] = start
+    d_inputs = [d.to(x.dtype) for d, x in zip(d_inputs, inputs, strict=True)]
     if states is None:
-        return typed, None
-    return typed, [e.to(s.dtype) for e, s in zip(entering, states, strict=True)]
+        return d_inputs, None
+    d_initial = _separate(d_initial, ends)
+    return d_inputs, [d.to(x.dtype) for d, x in zip(d_initial, states, strict=True)]
+
+
+def span_map(
+    program: Program, inputs: Tensors, cu_seqlens: Tensor | None, options: Options
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """M (None for the identity, [B, H], [B, H, K], ...) and E [B, H, *axes] of each state."""
+
+    def finals(derived: Program, tokens: Tensors, start: list[Tensor]) -> list[Tensor]:
+        sizes = layout.measure(derived, tokens, start, None)
+        if chunked.chunk_form(derived) is None:
+            _, ends = sequential.scan(derived, sizes, tokens, start, None)
+        else:
+            ends = chunked.final_states(_rows(derived, sizes, tokens, options), start)
+        return _separate(ends, start)
+
+    return spans.span_map(program, inputs, cu_seqlens, finals)
+
+
+def span_map_backward(
+    program: Program,
+    inputs: Tensors,
+    cu_seqlens: Tensor | None,
+    d_maps: Sequence[Tensor | None],
+    d_ends: Sequence[Tensor | None],
+    options: Options,
+) -> list[Tensor]:
+    """Gradients of the inputs, in their shapes and dtypes."""
+
+    def pullback(
+        derived: Program, tokens: Tensors, start: list[Tensor], ends: list[Tensor]
+    ) -> list[Tensor]:
+        sizes = layout.measure(derived, tokens, start, None)
+        if chunked.chunk_form(derived) is None:
+            zero = tokens[0].new_zeros(()).expand(sizes.output(derived))
+            return sequential.scan_backward(derived, sizes, tokens, start, None, zero, ends)[0]
+        rows = _rows(derived, sizes, tokens, options)
+        return chunked.scan_backward(rows, start, None, ends)[0]
+
+    grads = spans.span_map_backward(program, inputs, cu_seqlens, d_maps, d_ends, pullback)
+    return [grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True)]
+
+
+def step(
+    program: Program, inputs: Tensors, states: Tensors | None, options: Options
+) -> tuple[Tensor, list[Tensor]]:
+    """One token of every sequence: inputs [B, H, *axes], output [B, H, *axes], next states."""
+    sizes = layout.measure(program, inputs, states or (), None, step=True)
+    initial = initial_states(program, sizes, inputs, states)
+    output, finals = sequential.token(program, sizes, inputs, initial)
+    return output, _separate(finals, initial)
+
+
+def initial_states(
+    program: Program, sizes: Sizes, inputs: Tensors, states: Tensors | None
+) -> list[Tensor]:
+    """The given states, or zeros, in the dtype of accumulation."""
+    if states is not None:
+        return [x.to(sizes.accumulate) for x in states]
+    like = inputs[0]
+    return [like.new_zeros(sizes.state(var), dtype=sizes.accumulate) for var in program.states]
+
+
+def chunk_size(length: int | None, options: Options) -> int:
+    """A power of two (dyadic sums halve it), no longer than the sequence needs."""
+    assert length is not None
+    wanted = options.chunk_size or CHUNK_SIZE
+    return 1 << min((wanted - 1).bit_length(), (max(length, 1) - 1).bit_length())
 
 
 def _rows(
     program: Program,
-    inputs: Sequence[Tensor],
-    states: Sequence[Tensor] | None,
-    part: Part,
+    sizes: Sizes,
+    inputs: Tensors,
     options: Options,
-    dtype: torch.dtype,
-) -> tuple[Rows, dict[Node, Value]]:
-    """The layout of one part and the values of the chunk program's leaves."""
-    chosen = [
-        x if v.kind == "head" else part.tokens(x)
-        for v, x in zip(program.inputs, inputs, strict=True)
+    packing: Packing | None = None,
+) -> chunked.Rows:
+    """The whole call, or the documents of one packing, as rows."""
+    length = sizes.length
+    if packing is not None:
+        length = packing.tokens.shape[1]
+        inputs = [
+            packing.gather(x) if var.kind == "token" else x
+            for var, x in zip(program.inputs, inputs, strict=True)
+        ]
+    lengths = None if packing is None else packing.lengths
+    return chunked.Rows(program, sizes, inputs, lengths, chunk_size(length, options))
+
+
+def _separate(results: Tensors, arguments: Tensors) -> list[Tensor]:
+    """Contiguous results that share no memory with the arguments."""
+    return [
+        x.clone(memory_format=torch.contiguous_format)
+        if any(x.data_ptr() == y.data_ptr() for y in arguments)
+        else x.contiguous()
+        for x in results
     ]
-    rows = Rows(program, chosen, options, part.valid)
-    env = rows.leaves(chosen, dtype)
-    entry = None if states is None else [part.states(s) for s in states]
-    initial = rows.initial(entry, rows.batch, dtype)
-    env.update((v.node, Value(s, v.axes)) for v, s in zip(program.states, initial, strict=True))
-    return rows, env
-
-
-def _backward(
-    plan: Schedule,
-    rows: Rows,
-    env: dict[Node, Value],
-    d_output: Tensor,
-    d_states: Sequence[Tensor],
-) -> tuple[list[Value], list[Tensor]]:
-    program = rows.program
-    dtype = next(iter(env.values())).tensor.dtype
-    entries, _ = rows.loop(plan.forward, env, reverse=False)
-    env = {**env, **entries, **rows.output_gradient(d_output, dtype)}
-    for var, leaf, d in zip(program.states, plan.backward.carried, d_states, strict=True):
-        assert leaf.name == gradient_name(var)
-        env[leaf] = Value(d.to(dtype), var.axes)
-    exits, starts = rows.loop(plan.backward, env, reverse=True)
-    return rows.evaluate(plan.input_grads, {**env, **exits}), starts
-
-
-span_map = interpreted.span_map
-span_map_backward = interpreted.span_map_backward
-step = interpreted.step
