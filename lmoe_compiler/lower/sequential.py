@@ -71,7 +71,7 @@ def _document(
     for span in spans[:-1]:
         entries.append(run(program, _cut(program, inputs, span), entries[-1])[1])
     carried = list(d_states)
-    for span, entry in zip(reversed(spans), reversed(entries), strict=True):
+    for span, entry in zip(reversed(spans), reversed(entries), strict=bool(spans)):
         d_inputs, carried = _span(
             program, _cut(program, inputs, span), entry, d_output[:, span], carried
         )
