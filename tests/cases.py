@@ -6,10 +6,10 @@ must prove, and which independent implementations there are.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +45,17 @@ def small(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """`gates`: how a named input is made from Gaussian noise; without an entry it is the noise."""
+    """`gates`: how a named input is made from Gaussian noise; without an entry it is the noise.
+
+    `extremes`: values a named input may also take, which must stay exact side by side.
+    """
 
     name: str
     kind: str
     gates: dict[str, Maker] = field(default_factory=dict)
     states: dict[str, Maker] = field(default_factory=dict)
     oracles: tuple[str, ...] = ("fla",)
+    extremes: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def recurrence(self) -> Recurrence:
@@ -59,6 +63,11 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+# A log decay of nothing, of a reset, and of all between.
+LOG_DECAYS = {"g": (0.0, -1e-4, -1.0, -30.0, -1000.0, -math.inf)}
+PRE_SIGMOID = {"f": (-1000.0, -30.0, 0.0, 30.0, 1000.0)}
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,16 @@ CASES = (
     Case("linear_attention", "identity"),
     Case("normalised_linear_attention", "identity", states={"z": torch.exp}),
     Case("retention", "scalar", {"gamma": retention_rate}),
-    Case("simple_gla", "scalar", {"g": log_decay}),
-    Case("mamba2", "scalar", {"A_log": small}, oracles=("fla", "transformers")),
-    Case("gla", "diagonal", {"g": log_decay}),
-    Case("hgrn2", "diagonal"),
+    Case("simple_gla", "scalar", {"g": log_decay}, extremes=LOG_DECAYS),
+    Case(
+        "mamba2",
+        "scalar",
+        {"A_log": small},
+        oracles=("fla", "transformers"),
+        extremes={"dt": (-50.0, 0.0, 500.0)},
+    ),
+    Case("gla", "diagonal", {"g": log_decay}, extremes=LOG_DECAYS),
+    Case("hgrn2", "diagonal", extremes=PRE_SIGMOID),
     Case(
         "delta_rule",
         "rank_one",
@@ -92,12 +107,14 @@ CASES = (
         "rank_one",
         {"k": unit, "g": log_decay, "beta": torch.sigmoid},
         oracles=("fla", "transformers"),
+        extremes=LOG_DECAYS,
     ),
     Case(
         "kda",
         "rank_one",
         {"k": unit, "g": log_decay, "beta": torch.sigmoid},
         oracles=("fla", "transformers"),
+        extremes=LOG_DECAYS,
     ),
     Case("rwkv7", "rank_one", {"g": log_decay_rwkv7, "a": torch.sigmoid}, oracles=("fla", "numpy")),
     Case("ttt_linear", "rank_one", {"k": unit, "eta": torch.sigmoid}, oracles=("fla", "numpy")),
@@ -149,10 +166,14 @@ def weights_like(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def token_bytes(case: Case, sizes: Sizes) -> int:
-    """Bytes of all token inputs in float32."""
-    return 4 * sum(
-        sizes.B * sizes.T * sizes.H * prod(sizes.of(*var.axes))
-        for var in case.recurrence.ir.inputs
-        if var.kind == "token"
-    )
+def with_extremes(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with every third entry of a gate replaced by one of its extreme values, at random."""
+    seed = torch.Generator().manual_seed(1)
+    changed = dict(inputs)
+    for name, values in case.extremes.items():
+        x = inputs[name]
+        choice = torch.randint(3 * len(values), x.shape, generator=seed)
+        for n, value in enumerate(values):
+            x = torch.where(choice == n, torch.full_like(x, value), x)
+        changed[name] = x
+    return changed

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from cases import CASES, Case, Sizes, make_inputs
+from cases import CASES, Case, Sizes, make_inputs, with_extremes
 from differentiated import Result, as_argument, as_list, assert_same, differentiated, scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,6 +76,17 @@ def test_without_a_state_it_starts_from_zero(case):
     zeros = [torch.zeros_like(x) for x in states]
     expected, _ = scan(compiled(case), inputs, zeros)
     assert torch.equal(compiled(case)(*inputs.values()), expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.extremes], ids=str)
+@pytest.mark.parametrize("chunk_size", [CHUNK, 64])
+def test_extreme_gates_are_exact(case, chunk_size):
+    """No decay, a tiny one, -1000 and -inf side by side: no NaN, no lost digit, in any gradient."""
+    inputs, states = make_inputs(case, Sizes(T=70))
+    inputs = with_extremes(case, inputs)
+    expected = differentiated(case.recurrence.reference, inputs, states)
+    assert all(x.isfinite().all() for x in expected.tensors().values())
+    assert_same(differentiated(compiled(case, chunk_size), inputs, states), expected)
 
 
 def tokens(case: Case) -> set[str]:
