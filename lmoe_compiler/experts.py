@@ -201,7 +201,14 @@ def swiglu_experts(
     gate, up = grouped_mm(rows, gate_up.transpose(-1, -2), offsets).chunk(2, dim=-1)
     y = grouped_mm(F.silu(gate) * up, down.transpose(-1, -2), offsets)
     y = y * weights.reshape(-1).gather(0, order).unsqueeze(-1).to(y.dtype)
-    return collect(y, order, inverse, k).to(x.dtype)
+    out: Tensor = collect(y, order, inverse, k)
+    return out.to(x.dtype)
 
 
 _LIBRARY.impl("experts", swiglu_experts, "CompositeImplicitAutograd")
+
+
+def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`swiglu_experts` as the marked op `lmoe::experts`: what models call."""
+    out: Tensor = torch.ops.lmoe.experts(x, weights, ids, gate_up, down)
+    return out

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.short_convolution import document_starts
-from torch import Tensor, nn
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Attention(nn.Module):
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
-        return self.o_proj(o.transpose(1, 2).flatten(-2))
+        y: Tensor = self.o_proj(o.transpose(1, 2).flatten(-2))
+        return y
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 from torch import Tensor
 
 from lmoe_compiler.errors import InvalidData
+from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 
 
 def pack(prompts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from lmoe_compiler.models.attention import Attention, AttentionCache
 from lmoe_compiler.models.config import ATTENTION, ModelConfig
 from lmoe_compiler.models.mixers import RecurrentCache, RecurrentMixer, mixer_spec
 from lmoe_compiler.models.moe import Routing, SparseMoE, SwiGLU
-from torch import Tensor, nn
 
 
 class CausalLMOutput(NamedTuple):

@@ -31,14 +31,14 @@ from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.short_convolution import last_tokens, short_conv
 
 Function = Callable[[Tensor], Tensor]
-assert short_conv  # registers lmoe::short_conv
 
 
 # -- functions of one projected input [..., H, *axes] --------------------------------------------
 
 
 def l2norm(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1, eps=1e-6)
+    y: Tensor = F.normalize(x, dim=-1, eps=1e-6)
+    return y
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -67,7 +67,8 @@ class SoftplusLogDecay(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rate = self.A_log.exp().view(-1, *[1] * (self.dt_bias.ndim - 1))
         # A sum with a float32 parameter: the decay is float32 or wider.
-        return -rate * F.softplus(x + self.dt_bias)
+        g: Tensor = -rate * F.softplus(x + self.dt_bias)
+        return g
 
 
 # -- initial values of learned inputs ------------------------------------------------------------
@@ -351,7 +352,7 @@ class RecurrentMixer(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Every input of the recurrence, [B, T, H, *axes] or [H, *axes], and the output's gate."""
         if self.conv_weight is not None:
-            convolved = torch.ops.lmoe.short_conv(convolved, self.conv_weight, cu_seqlens, history)
+            convolved = short_conv(convolved, self.conv_weight, cu_seqlens, history)
         parts = (*convolved.split(self.conv_widths, -1), *rest.split(self.rest_widths, -1))
         arguments = {n: self.inputs[n](part) for n, part in zip(self.order, parts, strict=False)}
         arguments.update(self.learned.items())

@@ -12,13 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lmoe_compiler.models.config import ModelConfig
 from torch import Tensor, nn
 
-from lmoe_compiler import experts as _experts  # registers lmoe::experts
-
-__all__ = ["Routing", "SparseMoE", "SwiGLU", "route"]
-assert _experts
+from lmoe_compiler.experts import experts
+from lmoe_compiler.models.config import ModelConfig
 
 
 class Routing(NamedTuple):
@@ -93,7 +90,7 @@ class SparseMoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(rows.to(wide), self.router.weight.to(wide))
         routing = route(logits, self.top_k, self.renormalise)
-        y = torch.ops.lmoe.experts(rows, routing.weights, routing.ids, self.gate_up, self.down)
+        y = experts(rows, routing.weights, routing.ids, self.gate_up, self.down)
         y = y.view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)

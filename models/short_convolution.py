@@ -27,6 +27,14 @@ def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def short_conv(
     x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, history: Tensor | None = None
 ) -> Tensor:
+    """`causal_taps` as the marked op `lmoe::short_conv`: what models call."""
+    y: Tensor = torch.ops.lmoe.short_conv(x, weight, cu_seqlens, history)
+    return y
+
+
+def causal_taps(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, history: Tensor | None = None
+) -> Tensor:
     """y[t] = sum_j weight[:, W-1-j] x[t-j], j < W; x [B, T, C], weight [C, W], history [B, W-1, C].
 
     Tokens before the first are `history`'s, or zero; with `cu_seqlens` no tap crosses a boundary.
@@ -47,7 +55,7 @@ def short_conv(
     return y
 
 
-_LIBRARY.impl("short_conv", short_conv, "CompositeImplicitAutograd")
+_LIBRARY.impl("short_conv", causal_taps, "CompositeImplicitAutograd")
 
 
 def last_tokens(x: Tensor, taps: int, cu_seqlens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lmoe_compiler.errors import InvalidTraining
 from lmoe_compiler.models.config import ModelConfig
@@ -95,6 +95,9 @@ class TrainConfig:
             )
 
 
+_Config = TypeVar("_Config", TrainConfig, ModelConfig)
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -121,7 +124,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 type=_truth if isinstance(default, bool) else str if several else type(default),
                 nargs="*" if several else None,
                 metavar=type(default).__name__ if not several else "PATH",
-                help=f"(default: {' '.join(default) if several else default})",
+                help="(default: none)" if several else f"(default: {default})",
             )
 
 
@@ -148,7 +151,7 @@ def override(config: TrainConfig, changes: Mapping[str, Any], where: str) -> Tra
     return _replaced(dataclasses.replace(config, model=model), changes, where)
 
 
-def _replaced(config: Any, changes: dict[str, Any], where: str) -> Any:
+def _replaced(config: _Config, changes: dict[str, Any], where: str) -> _Config:
     defaults = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for name, value in changes.items():
         if name not in defaults:

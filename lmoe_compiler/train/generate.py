@@ -86,7 +86,7 @@ def _print(
             print(text[len(shown) :])
         else:
             print(f"--- prompt {number}\n{text}")
-    return arguments.tokens * len(prompts)
+    return int(arguments.tokens) * len(prompts)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -138,7 +138,9 @@ class Trainer:
     def _compile(self) -> None:
         """A backward pass that is thrown away, so that compiling is not part of the schedule."""
         begin = time.monotonic()
-        self._loss(*self._batch(0)).loss.backward()
+        loss = self._loss(*self._batch(0)).loss
+        assert loss is not None
+        loss.backward()
         self.optimiser.zero_grad()
         self._compile_seconds = time.monotonic() - begin
 

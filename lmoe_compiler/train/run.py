@@ -91,7 +91,7 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> int:
     """One whole run in `config.out`; continues when there is a `state`."""
     # Equal runs must have equal losses, bit for bit; what torch cannot promise, it only warns of.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     begin = time.monotonic()
     run = Path(config.out)
     corpus = prepare(
