@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lmoe_compiler
 from lmoe_compiler.models.linear_moe import CausalLMOutput, LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint, diagnose
 from lmoe_compiler.train.config import TrainConfig, to_dict
@@ -292,4 +293,4 @@ def compile_model(model: nn.Module, compiler: str) -> CompiledModel:
     """The model through our torch.compile backend, with the inner compiler that was chosen."""
     if compiler == "none":
         return model
-    return torch.compile(model, backend="lmoe", fullgraph=True, options={"inner": compiler})
+    return lmoe_compiler.compile(model, fullgraph=True, inner=compiler)
