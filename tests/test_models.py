@@ -184,7 +184,7 @@ def test_dense_model_has_no_load():
 # -- compiled ------------------------------------------------------------------------------------
 
 
-def gradients(model: LinearMoEForCausalLM, call: object, ids: Tensor, labels: Tensor) -> dict:
+def gradients(model, call, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     output = call(ids, labels)
     output.loss.backward()
@@ -198,24 +198,28 @@ def gradients(model: LinearMoEForCausalLM, call: object, ids: Tensor, labels: Te
 def test_compiled_equals_eager_with_all_gradients(compiler):
     model = tiny().double()
     compiled = compile_model(model, compiler)
-    for length in (9, 12):
-        ids, labels = tokens(2, length), tokens(2, length)
-        expected = gradients(model, model, ids, labels)
-        got = gradients(model, compiled, ids, labels)
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    ids, labels = tokens(2, 9), tokens(2, 9)
+    expected = gradients(model, model, ids, labels)
+    got = gradients(model, compiled, ids, labels)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_compiled_in_bfloat16_autocast():
-    model = tiny()
+@pytest.mark.slow
+def test_compiled_under_autocast_is_as_near_to_float32_as_eager():
+    """All choices of experts are the same (top_k = all), so only rounding differs."""
+    model = tiny(top_k=4)
     compiled = compile_model(model, "aot_eager")
     ids, labels = tokens(2, 9), tokens(2, 9)
+    exact = flat(gradients(model, model, ids, labels))
     with torch.autocast("cpu", torch.bfloat16):
-        expected = gradients(model, model, ids, labels)
-        got = gradients(model, compiled, ids, labels)
-    for name, value in expected.items():
-        assert got[name].dtype == value.dtype
-        assert (got[name] - value).norm() <= 0.03 * value.norm() + 1e-6, name
+        eager = flat(gradients(model, model, ids, labels))
+        ours = flat(gradients(model, compiled, ids, labels))
+    assert (ours - exact).norm() <= 1.5 * (eager - exact).norm()
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([t.flatten().double() for t in tensors.values()])
 
 
 # -- bad configurations --------------------------------------------------------------------------
