@@ -4,6 +4,7 @@ from lmoe_compiler import errors
 from lmoe_compiler.backend import compile
 from lmoe_compiler.definition import Recurrence, parse, recurrence
 from lmoe_compiler.dims import Dim, Head, State, Token
+from lmoe_compiler.explain import explain
 
 __all__ = [
     "Dim",
@@ -13,6 +14,7 @@ __all__ = [
     "Token",
     "compile",
     "errors",
+    "explain",
     "parse",
     "recurrence",
 ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lmoe_compiler import library
+from lmoe_compiler import library, stages
 from lmoe_compiler.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -85,12 +85,19 @@ def step(r: Recurrence, *args: Tensor, state: State = None, **named: Tensor) -> 
     return output, _as_given(following)
 
 
-def explain(r: Recurrence, *args: Tensor, **kwargs: Any) -> str:
-    return str(r.ir)
+def explain(r: Recurrence, *args: Tensor, **named: Tensor) -> str:
+    """Every stage as text; with arguments also who would run this call."""
+    if not args and not named:
+        return stages.render(stages.of_program(r.ir))
+    inputs = bind(r, args, named)
+    program = r.program(**_static_sizes(r, inputs))
+    return stages.render([*stages.of_program(program), *stages.of_call(program, inputs, r.options)])
 
 
-def source(r: Recurrence, *args: Tensor, **kwargs: Any) -> str:
-    return ""
+def source(r: Recurrence, *args: Tensor, **named: Tensor) -> str:
+    """The generated kernels of this call, as text."""
+    inputs = bind(r, args, named)
+    return stages.source(r.program(**_static_sizes(r, inputs)), inputs, r.options)
 
 
 def _as_list(r: Recurrence, state: State, name: str) -> list[Tensor]:

@@ -13,7 +13,7 @@ from lmoe_compiler.errors import LmoeError
 COMMANDS = {
     "train": ("lmoe_compiler.train.run", "train a language model on text, compiled"),
     "generate": ("lmoe_compiler.train.generate", "continue prompts with a trained model"),
-    "explain": ("lmoe_compiler.explain", "every stage of a recurrence or a model, as text"),
+    "explain": ("lmoe_compiler.report", "every stage of a recurrence, as text"),
     "bench": ("lmoe_compiler.bench", "time recurrences"),
 }
 

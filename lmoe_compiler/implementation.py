@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -17,11 +17,10 @@ from torch import Tensor
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import FallbackWarning, ImplementationUnavailable
 from lmoe_compiler.ir.nodes import Program
-
-Tensors = Sequence[Tensor]
-Saved = tuple[Tensor, list[Tensor], list[Tensor]]
+from lmoe_compiler.layout import Saved, Tensors
 
 TORCH, TRITON = "lmoe_compiler.lower.execute", "lmoe_compiler.codegen.run"
+INTERPRETER = "lmoe_compiler.interpreted"
 
 
 class Implementation(Protocol):
@@ -67,16 +66,18 @@ class Implementation(Protocol):
     ) -> tuple[Tensor, list[Tensor]]: ...
 
 
-def choose(program: Program, inputs: Tensors, options: Options) -> Implementation:
-    """The implementation of this call; raises where `triton` was asked for and cannot run."""
+def choose(
+    function: str, program: Program, inputs: Tensors, options: Options
+) -> Callable[..., Any]:
+    """The function that runs this call; raises where `triton` was asked for and cannot run."""
     wanted = options.implementation
     if wanted == "reference":
-        return _module("lmoe_compiler.interpreted")
+        return _function(INTERPRETER, function)
     if wanted == "torch" or (wanted == "auto" and inputs[0].device.type != "cuda"):
-        return _module(TORCH)
-    reason = _why_no_kernels(program, inputs, options)
-    if reason is None:
-        return _module(TRITON)
+        return _function(TORCH, function)
+    reason = kernels_or_reason(function, program, inputs, options)
+    if not isinstance(reason, str):
+        return _function(TRITON, function)
     if wanted == "triton":
         raise ImplementationUnavailable(
             f'implementation="triton" cannot run {program.name} here',
@@ -84,17 +85,38 @@ def choose(program: Program, inputs: Tensors, options: Options) -> Implementatio
             try_='r.with_options(implementation="auto")',
         )
     _say_once(f"{program.name} runs with torch instead of generated kernels: {reason}")
-    return _module(TORCH)
+    return _function(TORCH, function)
 
 
-def _why_no_kernels(program: Program, inputs: Tensors, options: Options) -> str | None:
+def keeper(program: Program, inputs: Tensors, options: Options) -> Callable[..., list[Tensor]]:
+    """What allocates the tensors that `scan` keeps for its backward, of the implementation that runs it."""
+    scan = choose("scan", program, inputs, options)
+    keeps = getattr(_module(scan.__module__), "saved", None)
+    return keeps or _nothing
+
+
+def _nothing(*_: Any) -> list[Tensor]:
+    return []
+
+
+def kernels_or_reason(function: str, program: Program, inputs: Tensors, options: Options) -> Any:
+    """The module of generated kernels, or the reason (a str) why it does not run this call."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'lmoe-compiler[gpu]')"
     if inputs[0].device.type != "cuda" and not _interpreted():
         return f"the inputs are on {inputs[0].device}, and kernels run on CUDA devices only"
-    unsupported = getattr(_module(TRITON), "unsupported", None)
-    reason: str | None = unsupported(program, inputs, options) if unsupported else None
-    return reason
+    kernels = _module(TRITON)
+    if not hasattr(kernels, function):
+        return f"there is no generated kernel for {function}"
+    unsupported = getattr(kernels, "unsupported", None)
+    reason = unsupported(program, inputs, options) if unsupported else None
+    return kernels if reason is None else reason
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    """A function of an implementation; what the chunked one does not have, the interpreter does."""
+    found = getattr(_module(module), name, None) or getattr(_module(INTERPRETER), name)
+    return found  # type: ignore[no-any-return]
 
 
 @cache

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lmoe_compiler import layout
 from lmoe_compiler.config import Options
-from lmoe_compiler.implementation import Saved, Tensors
 from lmoe_compiler.ir import interpret
 from lmoe_compiler.ir.nodes import Program, Var
+from lmoe_compiler.layout import Saved, Tensors
 
 
 def scan(

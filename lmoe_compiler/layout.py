@@ -21,6 +21,9 @@ from lmoe_compiler.errors import NoSpanMap
 from lmoe_compiler.ir.nodes import Decay, Node, Program, Read, Step, Var, topological
 
 T = TypeVar("T")
+Tensors = Sequence[Tensor]
+# What a scan gives: output, final states, and what its backward needs.
+Saved = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
 class Spec(NamedTuple):

@@ -29,9 +29,10 @@ from lmoe_compiler import layout, transforms
 from lmoe_compiler.checks import check, check_values
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import UnsupportedTransform
-from lmoe_compiler.implementation import Tensors, choose
+from lmoe_compiler.implementation import choose, keeper
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.ir.parse import parse as parse_text
+from lmoe_compiler.layout import Tensors
 
 Run = Callable[..., list[Tensor]]
 
@@ -61,7 +62,7 @@ def _scan(
     program, chosen = parse(text), Options.parse(options)
     if chosen.debug or inputs[0].device.type == "cpu":
         check_values(program, inputs, cu_seqlens, debug=chosen.debug)
-    run = choose(program, inputs, chosen).scan
+    run = choose("scan", program, inputs, chosen)
     output, finals, saved = run(program, inputs, states or None, cu_seqlens, chosen)
     return [output, *finals, *saved]
 
@@ -77,7 +78,7 @@ def _scan_backward(
     options: str,
 ) -> list[Tensor]:
     program, chosen = parse(text), Options.parse(options)
-    run = choose(program, inputs, chosen).scan_backward
+    run = choose("scan_backward", program, inputs, chosen)
     ends = d_states or [None] * len(program.states)
     d_inputs, d_initial = run(
         program, inputs, states or None, cu_seqlens, saved, d_output, ends, chosen
@@ -87,7 +88,7 @@ def _scan_backward(
 
 def _span_map(text: str, inputs: Tensors, cu_seqlens: Tensor | None, options: str) -> list[Tensor]:
     program, chosen = parse(text), Options.parse(options)
-    maps, ends = choose(program, inputs, chosen).span_map(program, inputs, cu_seqlens, chosen)
+    maps, ends = choose("span_map", program, inputs, chosen)(program, inputs, cu_seqlens, chosen)
     return [*(m for m in maps if m is not None), *ends]
 
 
@@ -96,13 +97,13 @@ def _span_map_backward(
 ) -> list[Tensor]:
     program, chosen = parse(text), Options.parse(options)
     d_maps, d_ends = layout.split_maps(program, d_results)
-    run = choose(program, inputs, chosen).span_map_backward
+    run = choose("span_map_backward", program, inputs, chosen)
     return run(program, inputs, cu_seqlens, d_maps, d_ends, chosen)
 
 
 def _step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
     program, chosen = parse(text), Options.parse(options)
-    output, following = choose(program, inputs, chosen).step(
+    output, following = choose("step", program, inputs, chosen)(
         program, inputs, states or None, chosen
     )
     return [output, *following]
@@ -117,9 +118,8 @@ def _fake_scan(
     program, chosen = parse(text), Options.parse(options)
     check(program, inputs, states, cu_seqlens)
     sizes = layout.measure(program, inputs, states, cu_seqlens)
-    allocate = getattr(choose(program, inputs, chosen), "saved", None)
-    saved = allocate(program, inputs, states or None, cu_seqlens, chosen) if allocate else ()
-    return [*_fake_results(program, sizes, inputs), *saved]
+    kept = keeper(program, inputs, chosen)(program, inputs, states or None, cu_seqlens, chosen)
+    return [*_fake_results(program, sizes, inputs), *kept]
 
 
 def _fake_step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
@@ -259,7 +259,7 @@ class Operator:
     derivative: Derivative
     # Operations per operation of the recurrence: a backward multiplies by both operands' adjoints.
     cost: int
-    autocast: bool = True
+    forward: bool = True
 
 
 _REFUSE_SECOND = Derivative(_setup_refusal, _refuse_second)
@@ -285,10 +285,9 @@ def _register(name: str, operator: Operator) -> None:
     torch.library.register_fake(qualified, operator.fake)
     torch.library.impl(qualified, "Autograd")(partial(_autograd, name))
     torch.library.register_vmap(qualified, transforms.vmap_rule(name, SCHEMAS[name], parse))
-    if operator.autocast:
-        for device in ("cpu", "cuda"):
-            kernel = transforms.autocast_kernel(_op(name), device, parse)
-            torch.library.impl(qualified, f"Autocast{device.upper()}")(kernel)
+    for device in ("cpu", "cuda"):
+        kernel = transforms.autocast_kernel(_op(name), device, parse, cast=operator.forward)
+        torch.library.impl(qualified, f"Autocast{device.upper()}")(kernel)
 
     def flops(text: str, inputs: Tensors, *rest: Any, **_: Any) -> int:
         program = parse(text)
@@ -387,11 +386,12 @@ def _nest(args: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def _direct(tensors: Sequence[Tensor | None]) -> bool:
+def _direct(tensors: Sequence[Any]) -> bool:
     """Nothing stands between the call and the kernel."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.is_autocast_enabled(tensors[0].device.type)
         and not torch.autograd.profiler._is_profiler_enabled
         and all(x is None or type(x) in _PLAIN for x in tensors)
     )

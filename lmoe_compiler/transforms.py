@@ -30,14 +30,17 @@ def autocast(program: Program, inputs: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def autocast_kernel(op: Any, device: str, parse: Parse) -> Callable[..., Any]:
-    """The op's kernel at the autocast key of a device: cast, then go on below that key."""
+def autocast_kernel(op: Any, device: str, parse: Parse, *, cast: bool) -> Callable[..., Any]:
+    """The op's kernel at the autocast key of a device: cast, then go on below that key.
+
+    A backward casts nothing, but its own arithmetic has to be out of autocast's reach as well.
+    """
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def kernel(text: str, inputs: list[Tensor], *rest: Any) -> Any:
-        cast = autocast(parse(text), inputs)
+        given = autocast(parse(text), inputs) if cast else inputs
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(text, cast, *rest)
+            return op(text, given, *rest)
 
     return kernel
 
