@@ -94,7 +94,14 @@ def resources(compiled: Any, arch: int = 90) -> Resources:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
         cubin.write_bytes(compiled.asm["cubin"])
-        assemble = [get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}a", source, "-o", Path(folder) / "out"]
+        assemble = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name=sm_{arch}a",
+            source,
+            "-o",
+            Path(folder) / "out",
+        ]
         report = _run(assemble).stderr
         usage = _run([tools / "cuobjdump", "-res-usage", cubin]).stdout
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)

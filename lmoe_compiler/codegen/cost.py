@@ -1,23 +1,194 @@
-"""Picks a plan's parameters from shapes, dtype and the program's structure."""
+"""What a plan costs, and which plan a call gets.
+
+`estimate` reads bytes, operations and dependent steps off a plan's kernels, as sympy expressions in the lengths
+B (sequences), T (tokens) and H (heads). `choose` takes the tuned entry of this device and shape if there is one
+(h200.json: only configurations whose numbers were checked on the device), else the rules below, whose reasons were
+measured: see RULES.
+"""
 
 from __future__ import annotations
 
-from lmoe_compiler.codegen.partition import Call
-from lmoe_compiler.codegen.plan import Choice, Tuning
-from lmoe_compiler.ir.nodes import Program, Step
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+
+import sympy
+
+from lmoe_compiler.codegen import tuned
+from lmoe_compiler.codegen.partition import Call, closure
+from lmoe_compiler.codegen.plan import Choice, Kernel, Plan, Tuning, Value
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Step
+
+B, T, H = sympy.symbols("B T H", positive=True, integer=True)
+
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+RULES = """\
+scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
+chunk 32, 3 stages, solves     428 us against 395-600 us at chunk 64, and prepare takes 127 us instead of 230
+chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
+prepare: 1 warp at chunk 32    the triangular inverse is latency: many small programs hide it
+parallel kernels: 4 warps, tile 64   2 to 4 blocks an SM; 8 warps doubled the time
+segments                       as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
+fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates that bound a kernel: bytes and half-precision operations a second, SMs, seconds a dependent product takes."""
+
+    name: str
+    sms: int
+    bytes_per_second: float
+    flops: float
+    product_latency: float = 0.25e-6
+
+
+H200 = Device("NVIDIA H200", 132, 4.2e12, 690e12)
+H100 = Device("NVIDIA H100", 132, 3.0e12, 650e12)
+DEVICES = (H200, H100)
+
+
+@cache
+def device() -> Device:
+    """The current device; an unknown one gets an H100's rates and its own number of SMs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return H200
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    for known in DEVICES:
+        if properties.name.startswith(known.name):
+            return known
+    return replace(H100, name=properties.name, sms=properties.multi_processor_count)
+
+
+# ---- what a plan costs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One kernel: bytes through memory, operations, programs, and products in a row that no program can overlap."""
+
+    kernel: str
+    bytes: sympy.Expr
+    flops: sympy.Expr
+    programs: sympy.Expr
+    chain: sympy.Expr
+
+    def seconds(self, sizes: dict[sympy.Symbol, int], on: Device = H200) -> dict[str, float]:
+        """The three bounds on its time: the largest is the floor of this plan's kernel."""
+        at = {s: float(e.subs(sizes)) for s, e in vars(self).items() if isinstance(e, sympy.Expr)}
+        waves = max(1.0, at["programs"] / (2 * on.sms))
+        return {
+            "bytes": at["bytes"] / on.bytes_per_second,
+            "arithmetic": at["flops"] / on.flops,
+            "latency": waves * at["chain"] * on.product_latency,
+        }
+
+
+def estimate(plan: Plan) -> list[Cost]:
+    return [_cost(plan, kernel) for kernel in plan.kernels]
+
+
+def _cost(plan: Plan, kernel: Kernel) -> Cost:
+    cut = {load.node: load.value for load in kernel.loads}
+    roots = [*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)]
+    nodes = closure(roots, cut)
+    sizes = plan.size_of | {ROW: plan.chunk, SOURCE: plan.chunk}
+    chunks = sympy.ceiling(T / plan.chunk)
+    tiles = prod(-(-plan.size_of[axis] // block) for axis, block in kernel.tiles)
+    moved = sympy.Integer(0)
+    for value in _moved(plan, kernel, nodes, cut):
+        rows = {"row": B * T * H, "chunk": B * H * chunks, "head": H}.get(value.per, B * H)
+        moved += rows * prod(sizes[a.rstrip("'")] for a in value.axes) * _width(plan, value)
+    products = [n for n in nodes if n.op == "dot" and n not in cut]
+    flops = sum((2 * B * H * chunks * _volume(n, sizes) for n in products), sympy.Integer(0))
+    parallel = kernel.order == "parallel"
+    steps = 1 if parallel else chunks / kernel.segments
+    programs = B * H * tiles * (chunks if parallel else kernel.segments)
+    chain = sympy.sympify(steps) * (_depth(kernel, nodes, cut) + 1)
+    return Cost(kernel.name, moved, flops, programs, chain)
+
+
+def _moved(
+    plan: Plan, kernel: Kernel, nodes: Sequence[Node], cut: dict[Node, Value]
+) -> Iterator[Value]:
+    kinds = {var.name: var.kind for var in plan.program.inputs}
+    yield from cut.values()
+    yield from (s.value for s in kernel.stores)
+    for node in nodes:
+        if node.op == "input" and node not in cut:
+            axes = tuple(a for a in node.axes if a not in (ROW, SOURCE))
+            if ROW in node.axes or kinds.get(node.name) == "token":
+                yield Value(node.name, axes, "row", "dot")
+
+
+def _width(plan: Plan, value: Value) -> int:
+    return 4 if value.dtype == "fp32" else DTYPE_BYTES[plan.dtype]
+
+
+def _volume(node: Node, sizes: dict[str, int]) -> int:
+    axes = {a.rstrip("'") if a not in sizes else a for arg in node.args for a in arg.axes}
+    return prod(sizes[a] for a in axes)
+
+
+def _depth(kernel: Kernel, nodes: Sequence[Node], cut: dict[Node, Value]) -> int:
+    """Products one after another from a carried value to its next value (of all, where nothing is carried)."""
+    leaves = {c.leaf for c in kernel.carries}
+    depth: dict[Node, int] = {}
+    for node in nodes:
+        below = [depth[a] for a in node.args if a in depth] if node not in cut else []
+        if node in leaves:
+            depth[node] = 0
+        elif below or not leaves:
+            depth[node] = max(below, default=0) + (node.op == "dot")
+    ends = [c.following for c in kernel.carries] or [s.node for s in kernel.stores]
+    return max((depth.get(node, 0) for node in ends), default=0)
+
+
+# ---- which plan a call gets
 
 
 def choose(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
-    """The default choice: chunks of 64 (32 in fp32), factors prepared where there is a solve or a vector decay."""
+    """The tuned choice of this device and shape, else the rules'."""
+    found = tuned.lookup(device().name, program, direction, call, batch, length)
+    return found or by_rule(program, direction, call, batch, length)
+
+
+def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
     steps = [s for s in program.body if isinstance(s, Step)]
-    heavy = any(s.feedbacks or any(d.factor.axes for d in s.decays) for s in steps)
+    solves = any(s.feedbacks for s in steps)
+    vector = any(d.factor.axes for s in steps for d in s.decays)
     half = call.dtype != "fp32"
-    chunk = 64 if half else 32
-    wide = Tuning(block=0, num_warps=8, num_stages=1)
-    scan = Tuning(block=64, num_warps=4, num_stages=2)
+    largest = max((size for _, size in call.sizes), default=16)
+    chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
+    stages = (3 if chunk == 32 else 2) if half else 1
+    parallel = Tuning(block=64, num_warps=4 if chunk > 16 else 2, num_stages=1)
+    prepare = Tuning(block=0, num_warps=_prepare_warps(chunk, vector), num_stages=1)
     return Choice(
         chunk=chunk,
-        prepare=heavy,
-        default=scan,
-        kernels=(("gradients", wide), ("prepare", Tuning(block=0, num_warps=4, num_stages=1))),
+        segments=1 if solves or direction == "backward" else _segments(call, batch, length, chunk),
+        prepare=solves or vector,
+        prepare_rows=vector,
+        default=Tuning(block=64, num_warps=4, num_stages=stages),
+        kernels=(
+            ("prepare", prepare),
+            ("states", Tuning(64, 0 if solves else 64, 4, 3 if half else 1)),
+            ("gradients", parallel),
+        ),
     )
+
+
+def _prepare_warps(chunk: int, vector: bool) -> int:
+    if chunk >= 64:
+        return 4
+    return 2 if vector else 1
+
+
+def _segments(call: Call, batch: int, length: int, chunk: int) -> int:
+    """Segments that just fill the SMs with two blocks each, of at least 16 chunks."""
+    values = dict(call.sizes).get("V", 64)
+    programs = batch * call.heads * -(-values // 64)
+    return max(1, min(2 * device().sms // programs, length // (16 * chunk)))
