@@ -36,7 +36,7 @@ fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memor
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that bound a kernel: bytes and half-precision operations a second, SMs, seconds a dependent product takes."""
+    """Rates that bound a kernel: bytes and half-precision operations a second, SMs, one product in a chain."""
 
     name: str
     sms: int
