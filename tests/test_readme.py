@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from cases import CASES
 
+from lmoe_compiler.cli import main
 from lmoe_compiler.config import Environment
 from lmoe_compiler.errors import InvalidOption
 
@@ -49,6 +50,15 @@ def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {command.split()[1] for command in commands() if command.startswith("make ")}
     assert {"train", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(".venv/bin/lmoe ")])
+def test_command_lines_are_understood(command, capsys):
+    program, *flags = re.findall(r"(?<=lmoe )\w+|--[a-z-]+", command)
+    with pytest.raises(SystemExit):
+        main([program, "--help"])
+    helped = capsys.readouterr().out
+    assert all(f" {flag} " in helped or f"[{flag} " in helped for flag in flags)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python ")])
