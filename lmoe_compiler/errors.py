@@ -170,3 +170,24 @@ class ArchitectureMismatch(LmoeError, ValueError):
 
 class NonFiniteLoss(LmoeError, ArithmeticError):
     """The loss or a gradient became NaN or infinite; training stopped before using it."""
+
+
+# -- many ranks ---------------------------------------------------------------------------------
+
+
+class NoSuchAxis(LmoeError, KeyError):
+    """`sequence_parallel=` or `expert_parallel=` names an axis that the mesh does not have."""
+
+    __str__ = LmoeError.__str__
+
+
+class StaticSequence(LmoeError, ValueError):
+    """The token axis has a fixed size in the graph, so passes cannot follow it."""
+
+
+class MixesTokens(LmoeError, NotImplementedError):
+    """An operation combines tokens of different ranks in a way that no pass knows."""
+
+
+class NotShardable(LmoeError, NotImplementedError):
+    """A marked operation is used in a way that has no meaning on a shard of the sequence."""

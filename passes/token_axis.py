@@ -1,0 +1,275 @@
+"""Which values of a Dynamo graph carry the token axis T, and what each node does along it.
+
+T is a symbol, so an axis carries it if its size is an expression in T (B*T after flattening). Every node is run once
+more on its fake operands; the ATen ops below it are classified, so a spelling in the model needs no rule of its own:
+
+    token-wise   row t of the result depends on row t of the operands only: stays as it is on a shard
+    marked       an op of ours that mixes tokens; a pass gives it its state, halo or keys
+    sum, mean    a reduction over tokens: becomes one over all ranks (losses.py)
+    position     arange(T): shifted by the shard's offset
+    count        a number made of T that meets a tensor: the global count
+
+Anything else mixes tokens in a way that no pass knows, and is refused by name. In: the graph of torch.compile. Out:
+`Tokens`. Next: sequence_parallel.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmoe_compiler.errors import MixesTokens, StaticSequence
+from lmoe_compiler.passes.splice import fake_mode_of, run, where
+
+MARKED = frozenset({"scan", "short_conv", "attention", "experts"})
+LOSSES = frozenset({torch.nn.functional.cross_entropy})
+
+_SHAPE = frozenset(
+    "permute transpose t unsqueeze squeeze expand clone _to_copy detach alias copy_ lift_fresh_copy "
+    "empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full empty zeros ones "
+    "full scalar_tensor bernoulli bernoulli_ rand_like randn_like native_dropout embedding "
+    "_assert_tensor_metadata as_strided_ sym_size sym_numel sym_stride result_type".split()
+)
+_VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias"})
+_ALONG = frozenset(
+    "sum mean amax amin max min argmax argmin any all prod var std var_mean logsumexp linalg_vector_norm "
+    "_softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp topk sort gather scatter "
+    "scatter_add index_select index_add cat stack split split_with_sizes slice select narrow flip roll "
+    "unbind glu repeat_interleave unfold constant_pad_nd searchsorted".split()
+)
+_PRODUCTS = {"mm": (1, 0), "addmm": (1, 0), "bmm": (2, 1), "baddbmm": (2, 1), "mv": (1, 0)}
+_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "rms_norm"})
+
+
+@dataclass
+class Tokens:
+    """What was found: the symbol T, and per kind the nodes in graph order."""
+
+    symbol: sympy.Symbol
+    source: fx.Node  # an input with T as its dimension `dim`
+    dim: int
+    marked: list[fx.Node] = field(default_factory=list)
+    losses: list[fx.Node] = field(default_factory=list)
+    reductions: list[fx.Node] = field(default_factory=list)
+    positions: list[fx.Node] = field(default_factory=list)
+    counts: list[fx.Node] = field(default_factory=list)
+
+    def in_(self, value: object) -> bool:
+        """Whether a value has T in a size, or is a number made of it."""
+        return bool(axes_with(value, self.symbol))
+
+
+def axes_with(value: object, symbol: sympy.Symbol) -> list[int]:
+    """Dimensions of a tensor that carry the symbol; [0] for a number that does."""
+    if isinstance(value, Tensor):
+        return [d for d, size in enumerate(value.shape) if _has(size, symbol)]
+    if isinstance(value, tuple | list):
+        return sorted({d for item in value for d in axes_with(item, symbol)})
+    return [0] if _has(value, symbol) else []
+
+
+def expression(size: object) -> sympy.Expr | None:
+    """The symbolic size, or None for a plain number."""
+    node = getattr(size, "node", None)
+    return None if node is None else node.expr
+
+
+def _has(size: object, symbol: sympy.Symbol) -> bool:
+    expr = expression(size)
+    return expr is not None and symbol in expr.free_symbols
+
+
+def operator(node: fx.Node) -> str | None:
+    """The name of an op of ours ("scan"), else None."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        space, name = str(target._qualified_op_name).split("::")
+        return name if space == "lmoe" else None
+    return None
+
+
+def analyse(gm: fx.GraphModule, sequence_dim: int) -> Tokens:
+    """Classify every node; raises MixesTokens at the first that no rule covers."""
+    tokens = _find_sequence(gm, sequence_dim)
+    mode = fake_mode_of(gm)
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        operands = [n.meta.get("example_value") for n in node.all_input_nodes]
+        if operator(node) in MARKED:
+            tokens.marked.append(node)
+        elif not any(tokens.in_(x) for x in operands):
+            continue
+        elif node.target in LOSSES:
+            tokens.losses.append(node)
+        else:
+            _classify(node, tokens, mode)
+    return tokens
+
+
+def _find_sequence(gm: fx.GraphModule, dim: int) -> Tokens:
+    static = None
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if node.op != "placeholder" or not isinstance(value, Tensor) or _is_parameter(node):
+            continue
+        if value.dim() <= dim:
+            continue
+        expr = expression(value.shape[dim])
+        if isinstance(expr, sympy.Symbol):
+            return Tokens(expr, node, dim)
+        static = static or node
+    raise StaticSequence(
+        f"no input has a symbolic size in dimension {dim}",
+        where=f"input {static.name} of shape {tuple(static.meta['example_value'].shape)}" if static else "",
+        why="passes tell the token axis from others by its symbol",
+        try_=f"torch._dynamo.mark_dynamic(x, {dim}) for each input with tokens, and more than one token a rank",
+    )
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "parameters" in node.name
+
+
+def _classify(node: fx.Node, tokens: Tokens, mode: Any) -> None:
+    watch = _Watch(tokens.symbol)
+    with mode or contextlib.nullcontext(), watch, torch.no_grad():
+        run(node)
+    if watch.problem:
+        raise MixesTokens(
+            f"{_name(node)} mixes tokens, and no pass knows how",
+            where=where(node),
+            why=watch.problem,
+            try_="lmoe.scan, lmoe.short_conv or lmoe.attention ops for mixing tokens, or run it outside the shard",
+        )
+    for kind, nodes in (
+        ("sum", tokens.reductions),
+        ("position", tokens.positions),
+        ("count", tokens.counts),
+    ):
+        if kind in watch.found:
+            nodes.append(node)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+class _Watch(TorchDispatchMode):
+    """Classifies the ATen ops that run under it."""
+
+    def __init__(self, symbol: sympy.Symbol) -> None:
+        super().__init__()
+        self.symbol, self.problem, self.found = symbol, "", set[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.problem = self.problem or self._problem(func, args, kwargs or {}, out)
+        return out
+
+    def _problem(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> str:
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        tensors = [x for x in _tensors(args)]
+        if not any(axes_with(x, self.symbol) for x in (*args, *kwargs.values(), out)):
+            return ""
+        if name == "arange":
+            self.found.add("position")
+            return ""
+        if any(self._pairs(x) for x in _tensors((out,))):
+            return f"{func} makes a value for every pair of tokens"
+        if torch.Tag.pointwise in func.tags:
+            if any(axes_with(x, self.symbol) for x in args if not isinstance(x, Tensor | list)):
+                self.found.add("count")
+            return ""
+        if name in _SHAPE:
+            return ""
+        return self._structured(name, func, args, kwargs, tensors, out)
+
+    def _structured(self, name: str, func: Any, args: Any, kwargs: Any, tensors: Any, out: Any) -> str:
+        if name in _VIEWS:
+            same = self._behind(tensors[0]) == self._behind(out)
+            return "" if same else f"{func} moves tokens into another axis"
+        if name in _PRODUCTS:
+            left, right = tensors[-2:]
+            a, b = _PRODUCTS[name]
+            contracted = a in axes_with(left, self.symbol) or b in axes_with(right, self.symbol)
+            return f"{func} sums over tokens" if contracted else ""
+        if name in _NORMS:
+            first = tensors[0].dim() - len(args[1])
+            over = any(d >= first for d in axes_with(tensors[0], self.symbol))
+            return f"{func} normalises over tokens" if over else ""
+        if name in ("index", "index_put", "index_put_", "_unsafe_index"):
+            axes = [d for d, i in enumerate(args[1]) if i is not None]
+            over = set(axes) & set(axes_with(tensors[0], self.symbol))
+            return f"{func} picks rows of other tokens" if over else ""
+        if name in _ALONG:
+            return self._along(name, func, args, kwargs, tensors, out)
+        return f"there is no rule for {func}"
+
+    def _along(self, name: str, func: Any, args: Any, kwargs: Any, tensors: Any, out: Any) -> str:
+        axes = _dims(func, args, kwargs, tensors)
+        if not set(axes) & {d for x in tensors for d in axes_with(x, self.symbol)}:
+            return ""
+        if name in ("sum", "mean"):
+            self.found.add("sum")
+            return ""
+        whole = name in ("slice", "narrow") and out.shape == tensors[0].shape
+        if name == "slice" and not whole:
+            whole = bool(sympy.Eq(*(expression(x.shape[axes[0]]) or 0 for x in (out, tensors[0]))) == True)  # noqa: E712
+        return "" if whole else f"{func} runs along the token axis"
+
+    def _pairs(self, x: Tensor) -> bool:
+        degree = sum(
+            sympy.degree(expression(x.shape[d]), self.symbol) for d in axes_with(x, self.symbol)
+        )
+        return bool(degree > 1)
+
+    def _behind(self, x: Tensor) -> object:
+        """How many numbers lie behind one token, from its axis on; the same in any honest reshaping."""
+        axes = axes_with(x, self.symbol)
+        if not axes:
+            return None
+        behind: Any = 1
+        for size in x.shape[axes[-1] + 1 :]:
+            behind = behind * size
+        return behind
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _dims(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> list[int]:
+    """The dimensions that an ATen op runs along; all of them where it names none."""
+    rank = max(x.dim() for x in tensors)
+    if func.overloadpacket is torch.ops.aten.constant_pad_nd:
+        return [rank - 1 - i // 2 for i, n in enumerate(args[1]) if n != 0]
+    if func.overloadpacket is torch.ops.aten.searchsorted:
+        return list(range(tensors[0].dim()))
+    given: Any = None
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dim", "dims"):
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            if given is None and position >= len(args) and argument.name not in kwargs:
+                given = argument.default_value
+    if given is None or given == []:
+        return list(range(rank))
+    return [d % rank for d in ([given] if isinstance(given, int) else given)]
+
+
+Rule = Callable[[fx.Node], None]

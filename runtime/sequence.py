@@ -1,0 +1,82 @@
+"""Where a shard of the sequence lies, as data of the graph: no value is read on the host.
+
+Rank r holds tokens offset .. offset + T of the sequence; T may differ between ranks. `cu_seqlens` is global and the
+same on every rank. Notation: P ranks, N documents, T tokens of this rank, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmoe_compiler.runtime import collectives
+
+
+def start_counts(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """Tell every rank how many tokens this one holds: x.shape[dim]. In flight."""
+    own = torch.full((1,), x.shape[dim], dtype=torch.int64, device=x.device)
+    return collectives.start_all_gather(own, size, group)
+
+
+def token_offset(counts: Tensor, rank: Tensor) -> Tensor:
+    """counts [P], rank [1] -> [1]: tokens before this rank's first."""
+    return (counts.cumsum(0) - counts).index_select(0, rank)
+
+
+def global_count(counts: Tensor, factor: int) -> Tensor:
+    """`factor` for each token of the whole sequence, as a float32 scalar."""
+    return counts.sum().to(torch.float32) * factor
+
+
+def local_documents(cu_seqlens: Tensor, offset: Tensor, x: Tensor) -> Tensor:
+    """The documents' parts on this rank as offsets into x [B, T, ...]: [N+1]; absent ones are empty."""
+    return (cu_seqlens - offset).clamp(0, x.shape[1]).to(torch.int32)
+
+
+def shifted_documents(cu_seqlens: Tensor, offset: Tensor) -> Tensor:
+    """Where the documents start and end, counted from this rank's first token: [N+1], any sign."""
+    return (cu_seqlens - offset).to(torch.int32)
+
+
+def last_document(cu_seqlens: Tensor, offset: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The last document on this rank: ([0, its start here, T] int32, [1] whether it began on an earlier rank)."""
+    length = x.shape[1]
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), (offset + length - 1).to(cu_seqlens.dtype), right=True)
+    start = cu_seqlens.index_select(0, document) - offset
+    parts = torch.cat([torch.zeros_like(start), start.clamp_min(0), torch.full_like(start, length)])
+    return parts.to(torch.int32), start < 0
+
+
+def reset(map_: Tensor, enters: Tensor) -> Tensor:
+    """M of a span: zero unless the document at its end was there at its start."""
+    return torch.where(enters, map_, torch.zeros_like(map_))
+
+
+def reset_only(end: Tensor, enters: Tensor) -> Tensor:
+    """The map [B, H] of a state that has none (the identity), for E [B, H, ...]: one, or zero at a boundary."""
+    return enters.to(end.dtype).expand(end.shape[:2])
+
+
+def place(entry: Tensor, cu_seqlens: Tensor, offset: Tensor) -> Tensor:
+    """Entry state [1, H, ...] of the document that goes on from the rank before -> states [N, H, ...], others zero."""
+    open_ = (cu_seqlens[:-1] < offset) & (cu_seqlens[1:] > offset)
+    open_ = open_.reshape(-1, *(1 for _ in entry.shape[1:]))
+    return torch.where(open_, entry, torch.zeros_like(entry))
+
+
+def halo(x: Tensor, count: int, rank: Tensor, index: int, size: int, group: str) -> Tensor:
+    """The last `count` tokens of the rank before, [B, count, ...] of x [B, T, ...]; zeros on the first rank.
+
+    Ranks form a ring, so that shapes agree; what the first receives is masked by data.
+    """
+    tail = x.narrow(1, x.shape[1] - count, count).unsqueeze(0)
+    to, from_ = [0] * size, [0] * size
+    to[(index + 1) % size] = from_[(index - 1) % size] = 1
+    received = collectives.wait(collectives.start_all_to_all(tail, from_, to, group)).squeeze(0)
+    return torch.where(rank > 0, received, torch.zeros_like(received))
+
+
+def gather_tokens(x: Tensor, size: int, group: str) -> Tensor:
+    """Tokens of all ranks, x [B, T, ...] -> [B, P T, ...]; every rank holds as many. Backward: reduce-scatter."""
+    gathered = collectives.wait(collectives.start_all_gather(x, size, group))
+    return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
