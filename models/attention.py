@@ -16,6 +16,52 @@ from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.short_convolution import document_starts
 
 
+_LIBRARY = torch.library.Library("lmoe", "FRAGMENT")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens=None, Tensor? offset=None)"
+    " -> Tensor"
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Softmax over all earlier tokens of the same document: q [B, T, H, E], k and v [B, S, G, E].
+
+    One marked op, composite like `lmoe::short_conv`. On a shard of the sequence the keys are
+    everybody's (S > T), and `offset` [1] is the place of the first query among them.
+    """
+    mask = None
+    if cu_seqlens is not None or offset is not None:
+        key = torch.arange(k.shape[1], device=q.device)
+        query = torch.arange(q.shape[1], device=q.device)
+        query = query if offset is None else query + offset
+        mask = query[:, None] >= key
+        if cu_seqlens is not None:
+            ends = cu_seqlens[1:].long().contiguous()
+            document = torch.searchsorted(ends, query, right=True)
+            mask = mask & (document[:, None] == torch.searchsorted(ends, key, right=True))
+    return attend(q, k, v, mask)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [B, T, H, E], k and v [B, S, G, E] -> [B, T, H, E]; mask broadcastable to [B, H, T, S], or
+    None for causal.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return o.transpose(1, 2)
+
+
+_LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
+
+
 @dataclass
 class AttentionCache:
     """Keys (already rotated) and values of N sequences, [N, S, G, E]; a sequence's own length is
@@ -59,32 +105,17 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         return rotate(q, position, self.theta), rotate(k, position, self.theta), v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [B, T, H, E], k and v [B, S, G, E]; mask broadcastable to [B, H, T, S], or None for
-        causal.
-        """
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = self.num_heads != self.num_kv_heads
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-        )
-        y: Tensor = self.o_proj(o.transpose(1, 2).flatten(-2))
-        return y
-
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         return self._sequence(x, cu_seqlens)[0]
 
     def _sequence(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         position = torch.arange(x.shape[1], device=x.device)
-        mask = None
         if cu_seqlens is not None:
-            starts = document_starts(cu_seqlens, x.shape[1])
-            causal = position[:, None] >= position
-            mask = causal & (starts[:, None] == starts)
-            position = position - starts
+            position = position - document_starts(cu_seqlens, x.shape[1])
         q, k, v = self._project(x, position)
-        return self._attend(q, k, v, mask), k, v
+        o = torch.ops.lmoe.attention(q, k, v, cu_seqlens)
+        return self.o_proj(o.flatten(-2)), k, v
 
     def prefill(
         self, x: Tensor, cu_seqlens: Tensor, capacity: int
@@ -109,4 +140,5 @@ class Attention(nn.Module):
         cache.values[row, lengths] = v[:, 0].to(cache.values.dtype)
         slots = torch.arange(cache.keys.shape[1], device=x.device)
         seen = (slots <= lengths[:, None])[:, None, None]
-        return self._attend(q, cache.keys, cache.values, seen)[:, 0], cache
+        o = attend(q, cache.keys, cache.values, seen)
+        return self.o_proj(o.flatten(-2))[:, 0], cache

@@ -16,7 +16,7 @@ Anything else mixes tokens in a way that no pass knows, and is refused by name. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,7 +219,9 @@ class _Watch(TorchDispatchMode):
 
     def _along(self, name: str, func: Any, args: Any, kwargs: Any, tensors: Any, out: Any) -> str:
         axes = _dims(func, args, kwargs, tensors)
-        if not set(axes) & {d for x in tensors for d in axes_with(x, self.symbol)}:
+        # Values are looked up in the first operand of searchsorted; the second may be tokens.
+        operands = tensors[:1] if name == "searchsorted" else tensors
+        if not set(axes) & {d for x in operands for d in axes_with(x, self.symbol)}:
             return ""
         if name in ("sum", "mean"):
             self.found.add("sum")
@@ -270,6 +272,3 @@ def _dims(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> list[
     if given is None or given == []:
         return list(range(rank))
     return [d % rank for d in ([given] if isinstance(given, int) else given)]
-
-
-Rule = Callable[[fx.Node], None]

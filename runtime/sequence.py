@@ -7,6 +7,7 @@ same on every rank. Notation: P ranks, N documents, T tokens of this rank, H hea
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe_compiler.runtime import collectives
@@ -80,3 +81,46 @@ def gather_tokens(x: Tensor, size: int, group: str) -> Tensor:
     """Tokens of all ranks, x [B, T, ...] -> [B, P T, ...]; every rank holds as many. Backward: reduce-scatter."""
     gathered = collectives.wait(collectives.start_all_gather(x, size, group))
     return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def gather_keys_values(k: Tensor, v: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
+    """k [B, T, G, E], v [B, T, G, F] -> the same of all ranks' tokens, by one collective."""
+    both = gather_tokens(torch.cat([k, v], dim=-1), size, group)
+    keys, values = both.split([k.shape[-1], v.shape[-1]], dim=-1)
+    return keys, values
+
+
+def sum_over_tokens(x: Tensor, dims: list[int], keepdim: bool, group: str) -> Tensor:
+    """Sum over `dims`, then over ranks; every rank has the result."""
+    return collectives.global_sum(x.sum(dim=dims, keepdim=keepdim), group)
+
+
+def mean_over_tokens(
+    x: Tensor, dims: list[int], keepdim: bool, counts: Tensor, length: int, group: str
+) -> Tensor:
+    """Mean over `dims` of all ranks' tokens. One number in x's reduced part stands for one of `length` tokens."""
+    reduced = 1
+    for dim in dims:
+        reduced = reduced * x.shape[dim]
+    total = counts.sum().to(x.dtype) * (reduced // length)
+    return collectives.global_sum(x.sum(dim=dims, keepdim=keepdim) / total, group)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    group: str,
+) -> Tensor:
+    """F.cross_entropy over the tokens of all ranks: the mean divides by all labels that count."""
+    total = F.cross_entropy(
+        logits, labels, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+    if reduction == "mean":
+        known = labels != ignore_index
+        shares = known if weight is None else weight[labels.where(known, 0)] * known
+        total = total / collectives.all_reduce(shares.sum().to(total.dtype), group)
+    return collectives.global_sum(total, group)
