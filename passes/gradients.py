@@ -1,7 +1,7 @@
 """Gradients of replicated parameters: identity in the forward, a sum over ranks in the backward.
 
-For use without a data-parallel wrapper over the axis (DDP and FSDP2 sum by themselves). Parameters that differ between
-ranks (experts) are left alone.
+For use without a data-parallel wrapper over the axis (DDP and FSDP2 sum by themselves). Parameters
+that differ between ranks (experts) are left alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from lmoe_compiler.runtime.mesh import Axis
 
 @dataclass(frozen=True)
 class SumGradients:
-    """Puts `sum_gradient` behind every parameter. `sharded`: operands that are this rank's own (expert weights)."""
+    """Puts `sum_gradient` behind every parameter. `sharded`: operands that are this rank's own
+    (expert weights).
+    """
 
     axis: Axis
     name: str = "gradients"

@@ -1,9 +1,11 @@
 """Short convolutions on a sharded sequence: the last W - 1 tokens of the rank before, and no more.
 
-    short_conv(x, weight, cu_seqlens)  ->  short_conv(x, weight, cu_seqlens - offset, halo(x, W - 1))
+    short_conv(x, weight, cu_seqlens)  ->  short_conv(x, weight, cu_seqlens - offset, halo(x, W -
+                                           1))
 
-Forward sends W - 1 rows to the next rank, backward sends their gradient back. `cu_seqlens - offset` may be negative:
-a document that began on an earlier rank sees its own tokens in the halo, and no other does.
+Forward sends W - 1 rows to the next rank, backward sends their gradient back. `cu_seqlens - offset`
+may be negative: a document that began on an earlier rank sees its own tokens in the halo, and no
+other does.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Halo:
         for node in shard.tokens.marked:
             if token_axis.operator(node) == "short_conv":
                 taps = _give_history(shard, node)
-                report.add("convolutions", f"{layer_of(node)}: {taps - 1} tokens from the rank before")
+                report.add(
+                    "convolutions", f"{layer_of(node)}: {taps - 1} tokens from the rank before"
+                )
         if report.counts:
             Editor(gm, self.name).finish()
         return report

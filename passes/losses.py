@@ -1,12 +1,15 @@
-"""Numbers about the whole sequence: losses, statistics, positions and counts are those of one rank with all tokens.
+"""Numbers about the whole sequence: losses, statistics, positions and counts are those of one rank
+with all tokens.
 
-    sum or mean over tokens      local sum, then the sum over ranks (its backward is the identity: one loss, not P)
+    sum or mean over tokens      local sum, then the sum over ranks (its backward is the identity:
+                                 one loss, not P)
     cross_entropy(...)           the same; its mean divides by the labels that count on all ranks
     arange(T)                    arange(T) + offset
     x / (k T), x * T, ...        T is the global count, as a tensor
 
-Every rank ends with the same loss, and its gradients are this rank's share of the gradients of that one loss. What
-comes after a reduction is computed on every rank alike, so it may not have parameters.
+Every rank ends with the same loss, and its gradients are this rank's share of the gradients of that
+one loss. What comes after a reduction is computed on every rank alike, so it may not have
+parameters.
 """
 
 from __future__ import annotations
@@ -91,7 +94,9 @@ def _loss(shard: Shard, node: fx.Node) -> None:
     _replace(node, new)
 
 
-def _sum_signature(self: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> None: ...
+def _sum_signature(
+    self: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> None: ...
 
 
 def _reduction(shard: Shard, node: fx.Node) -> None:
@@ -117,13 +122,16 @@ def _reduction(shard: Shard, node: fx.Node) -> None:
         return
     length = edit.call(Tensor.size, shard.tokens.source, shard.tokens.dim)
     counts = shard.counts()
-    _replace(
-        node, edit.call(sequence.mean_over_tokens, x, dims, keepdim, counts, length, group)
-    )
+    _replace(node, edit.call(sequence.mean_over_tokens, x, dims, keepdim, counts, length, group))
 
 
 def _position(shard: Shard, node: fx.Node) -> None:
-    if node.target is not torch.arange or len(node.args) != 1 or "start" in node.kwargs or "step" in node.kwargs:
+    if (
+        node.target is not torch.arange
+        or len(node.args) != 1
+        or "start" in node.kwargs
+        or "step" in node.kwargs
+    ):
         raise NotShardable(
             "arange over tokens with a start or a step",
             where=where(node),

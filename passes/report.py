@@ -20,4 +20,6 @@ class Report:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
-        return "\n".join([f"{self.name}: {counts or 'nothing to do'}", *map("  {}".format, self.notes)])
+        return "\n".join(
+            [f"{self.name}: {counts or 'nothing to do'}", *map("  {}".format, self.notes)]
+        )

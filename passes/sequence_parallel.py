@@ -2,13 +2,14 @@
 
     o = scan(inputs)                 span = span_map(inputs)
                                      flight = start(span)
-                             ->      ...                         what does not need the entry state (overlap.py)
+                             ->      ...                         what does not need the entry state
+                                                                 (overlap.py)
                                      S_in = finish(flight, span)
                                      o = scan(inputs, S_in)
 
-With packed documents the global `cu_seqlens` becomes this shard's, the map of a span in which a document begins is
-zero, and the entry state goes to the document that comes over from the rank before; all of it is arithmetic in the
-graph. A recurrence without a span map is refused by name.
+With packed documents the global `cu_seqlens` becomes this shard's, the map of a span in which a
+document begins is zero, and the entry state goes to the document that comes over from the rank
+before; all of it is arithmetic in the graph. A recurrence without a span map is refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import fx
 
 from lmoe_compiler.errors import NotShardable
-from lmoe_compiler.library import map_axes, parse
+from lmoe_compiler.layout import map_axes
+from lmoe_compiler.library import parse
 from lmoe_compiler.passes import token_axis
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.shard import Shard
@@ -46,7 +48,9 @@ class SequenceParallel:
         for node in shard.tokens.marked:
             if token_axis.operator(node) == "scan":
                 _exchange(shard, node, self.schedule)
-                report.add("recurrences", f"{layer_of(node)}: {self.schedule} over {self.axis.size} ranks")
+                report.add(
+                    "recurrences", f"{layer_of(node)}: {self.schedule} over {self.axis.size} ranks"
+                )
         if report.counts:
             Editor(gm, self.name).finish()
         return report
@@ -105,7 +109,11 @@ def _token_input(node: fx.Node, program: Any, inputs: Any) -> fx.Node:
 
 def _refuse_states(node: fx.Node, states: Any, count: int) -> None:
     """States at the ends of a cut sequence belong to other ranks."""
-    used = [user for user in node.users if user.target is operator.getitem and 1 <= user.args[1] <= count]
+    used = [
+        user
+        for user in node.users
+        if user.target is operator.getitem and 1 <= user.args[1] <= count
+    ]
     if states:
         raise NotShardable(
             "a recurrence with initial_state= in a sequence that is cut over ranks",

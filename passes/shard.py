@@ -1,7 +1,8 @@
-"""What all passes over a sharded sequence share: the axis, what was found, and nodes for the shard's place.
+"""What all passes over a sharded sequence share: the axis, what was found, and nodes for the
+shard's place.
 
-The first pass opens it, the others find it at the graph. Its nodes (rank, token counts of all ranks, offset) are made
-once, on first use, at the head of the graph.
+The first pass opens it, the others find it at the graph. Its nodes (rank, token counts of all
+ranks, offset) are made once, on first use, at the head of the graph.
 """
 
 from __future__ import annotations

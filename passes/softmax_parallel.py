@@ -2,8 +2,8 @@
 
     attention(q, k, v, cu_seqlens)  ->  attention(q, gather(k), gather(v), cu_seqlens, offset)
 
-Keys and values travel as one tensor; with grouped heads they are few. Backward: reduce-scatter. Needs as many tokens
-on every rank.
+Keys and values travel as one tensor; with grouped heads they are few. Backward: reduce-scatter.
+Needs as many tokens on every rank.
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ def _gather(shard: Shard, node: fx.Node) -> None:
     axis = shard.axis
     edit = Editor(shard.gm, "softmax_parallel")
     edit.anchor = node
-    both = edit.call(
-        sequence.gather_keys_values, k, v, axis.size, axis.groups["tokens"]
-    )
+    both = edit.call(sequence.gather_keys_values, k, v, axis.size, axis.groups["tokens"])
     keys, values = (edit.call(operator.getitem, both, i) for i in (0, 1))
     node.args = (q, keys, values, documents, shard.offset())

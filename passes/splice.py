@@ -1,7 +1,9 @@
-"""Editing a Dynamo graph: insert calls whose values are known at once, and say where a node comes from.
+"""Editing a Dynamo graph: insert calls whose values are known at once, and say where a node comes
+from.
 
-An inserted node is one call of an ordinary function; AOTAutograd traces into it later, which is what derives its
-backward. Its fake value is computed on insertion, so the passes after it see sizes.
+An inserted node is one call of an ordinary function; AOTAutograd traces into it later, which is
+what derives its backward. Its fake value is computed on insertion, so the passes after it see
+sizes.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ class Editor:
         return node
 
     def data(self, name: str, value: Tensor) -> fx.Node:
-        """A tensor that differs between ranks, as a buffer: the only way in which a rank enters a graph."""
+        """A tensor that differs between ranks, as a buffer: the only way in which a rank enters a
+        graph.
+        """
         if not hasattr(self.gm, name):
             self.gm.register_buffer(name, value, persistent=False)
         with self.gm.graph.inserting_before(self.anchor):

@@ -1,16 +1,18 @@
 """Which values of a Dynamo graph carry the token axis T, and what each node does along it.
 
-T is a symbol, so an axis carries it if its size is an expression in T (B*T after flattening). Every node is run once
-more on its fake operands; the ATen ops below it are classified, so a spelling in the model needs no rule of its own:
+T is a symbol, so an axis carries it if its size is an expression in T (B*T after flattening). Every
+node is run once more on its fake operands; the ATen ops below it are classified, so a spelling in
+the model needs no rule of its own:
 
-    token-wise   row t of the result depends on row t of the operands only: stays as it is on a shard
+    token-wise   row t of the result depends on row t of the operands only: stays as it is on a
+                 shard
     marked       an op of ours that mixes tokens; a pass gives it its state, halo or keys
     sum, mean    a reduction over tokens: becomes one over all ranks (losses.py)
     position     arange(T): shifted by the shard's offset
     count        a number made of T that meets a tensor: the global count
 
-Anything else mixes tokens in a way that no pass knows, and is refused by name. In: the graph of torch.compile. Out:
-`Tokens`. Next: sequence_parallel.py.
+Anything else mixes tokens in a way that no pass knows, and is refused by name. In: the graph of
+torch.compile. Out: `Tokens`. Next: sequence_parallel.py.
 """
 
 from __future__ import annotations
@@ -130,14 +132,18 @@ def _find_sequence(gm: fx.GraphModule, dim: int) -> Tokens:
         static = static or node
     raise StaticSequence(
         f"no input has a symbolic size in dimension {dim}",
-        where=f"input {static.name} of shape {tuple(static.meta['example_value'].shape)}" if static else "",
+        where=f"input {static.name} of shape {tuple(static.meta['example_value'].shape)}"
+        if static
+        else "",
         why="passes tell the token axis from others by its symbol",
         try_=f"torch._dynamo.mark_dynamic(x, {dim}) for each input with tokens, and more than one token a rank",
     )
 
 
 def _is_parameter(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "parameters" in node.name
+    return (
+        isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "parameters" in node.name
+    )
 
 
 def _classify(node: fx.Node, tokens: Tokens, mode: Any) -> None:
@@ -196,7 +202,9 @@ class _Watch(TorchDispatchMode):
             return ""
         return self._structured(name, func, args, kwargs, tensors, out)
 
-    def _structured(self, name: str, func: Any, args: Any, kwargs: Any, tensors: Any, out: Any) -> str:
+    def _structured(
+        self, name: str, func: Any, args: Any, kwargs: Any, tensors: Any, out: Any
+    ) -> str:
         if name in _VIEWS:
             same = self._behind(tensors[0]) == self._behind(out)
             return "" if same else f"{func} moves tokens into another axis"
@@ -228,7 +236,9 @@ class _Watch(TorchDispatchMode):
             return ""
         whole = name in ("slice", "narrow") and out.shape == tensors[0].shape
         if name == "slice" and not whole:
-            whole = bool(sympy.Eq(*(expression(x.shape[axes[0]]) or 0 for x in (out, tensors[0]))) == True)  # noqa: E712
+            whole = bool(
+                sympy.Eq(*(expression(x.shape[axes[0]]) or 0 for x in (out, tensors[0]))) == True
+            )
         return "" if whole else f"{func} runs along the token axis"
 
     def _pairs(self, x: Tensor) -> bool:
@@ -238,7 +248,9 @@ class _Watch(TorchDispatchMode):
         return bool(degree > 1)
 
     def _behind(self, x: Tensor) -> object:
-        """How many numbers lie behind one token, from its axis on; the same in any honest reshaping."""
+        """How many numbers lie behind one token, from its axis on; the same in any honest
+        reshaping.
+        """
         axes = axes_with(x, self.symbol)
         if not axes:
             return None

@@ -1,8 +1,8 @@
 """Functional collectives as compiled graphs have them, under one name in torch 2.11 to 2.13.
 
-A start and its wait are separate calls, so whatever stands between them in a graph runs while data moves. The ops
-carry autograd (all-gather and reduce-scatter, all-to-all and itself). Operands are made contiguous here: the
-collectives need it. Groups are names, which are text in a graph.
+A start and its wait are separate calls, so whatever stands between them in a graph runs while data
+moves. The ops carry autograd (all-gather and reduce-scatter, all-to-all and itself). Operands are
+made contiguous here: the collectives need it. Groups are names, which are text in a graph.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class _SumGradient(torch.autograd.Function):
 
 
 def global_sum(x: Tensor, group: str) -> Tensor:
-    """Forward: sum over ranks. Backward: identity, since every rank holds the same derivative of the one result."""
+    """Forward: sum over ranks. Backward: identity, since every rank holds the same derivative of
+    the one result.
+    """
     return _GlobalSum.apply(x, group)  # type: ignore[no-any-return]
 
 

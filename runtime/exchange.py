@@ -1,17 +1,21 @@
-"""The state exchange of a sequence cut over ranks: span maps of all ranks in, the state each starts from out.
+"""The state exchange of a sequence cut over ranks: span maps of all ranks in, the state each starts
+from out.
 
     flight = start(...)     a collective begins
     ...                     whatever does not need the entry state
     S_in = finish(...)      wait, fold, (second collective), this rank's entry states
 
 Schedules, same result:
-    all_gather   every rank receives all (M, E) and folds them (LASP-2). One collective, (P-1) n bytes received.
-    transpose    two even all-to-alls over heads: rank i folds all summaries of its H/P heads and sends the entry
-                 states back. (n + s)(P-1)/P bytes, and no constant in the graph depends on the rank.
+    all_gather   every rank receives all (M, E) and folds them (LASP-2). One collective, (P-1) n
+                 bytes received.
+    transpose    two even all-to-alls over heads: rank i folds all summaries of its H/P heads and
+                 sends the entry
+                 states back. (n + s)(P-1)/P bytes, and no constant in the graph depends on the
+                 rank.
 
-The backward is the same exchange against the order of ranks, with M^T: it sends state gradients, and M again only
-under all_gather. Kept for it: S_in and M of one rank's size, never what was gathered.
-Notation: P ranks, B batch, H heads, n = bytes of (M, E), s = bytes of E.
+The backward is the same exchange against the order of ranks, with M^T: it sends state gradients,
+and M again only under all_gather. Kept for it: S_in and M of one rank's size, never what was
+gathered. Notation: P ranks, B batch, H heads, n = bytes of (M, E), s = bytes of E.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from lmoe_compiler.runtime import collectives
 from lmoe_compiler.runtime.fold import fold, outer
-from torch import Tensor
 
 Axes = Sequence[tuple[str, str | None]]  # per state: its axes, and its map's (None: identity)
 
@@ -44,7 +49,9 @@ def finish(
     size: int,
     group: str,
 ) -> list[Tensor]:
-    """Entry state of each state on this rank, [B, H, *axes]; differentiable in `summaries`. `rank` is [1] int64."""
+    """Entry state of each state on this rank, [B, H, *axes]; differentiable in `summaries`. `rank`
+    is [1] int64.
+    """
     call = (tuple(axes), schedule, size, group)
     return list(_EntryStates.apply(call, flight, rank, *summaries))
 
@@ -68,7 +75,9 @@ def _send(values: Sequence[Tensor], schedule: str, size: int, group: str) -> Ten
 
 
 def _receive(flight: Tensor, like: Sequence[Tensor], schedule: str, size: int) -> list[Tensor]:
-    """What every rank sent, one tensor [P, two of (B, H or this rank's share of H), ...] for each of `like`."""
+    """What every rank sent, one tensor [P, two of (B, H or this rank's share of H), ...] for each
+    of `like`.
+    """
     arrived = collectives.wait(flight).unflatten(0, (size, -1))
     shapes = [x.shape[2:] for x in like]
     parts = arrived.split([shape.numel() for shape in shapes], dim=-1)
@@ -114,7 +123,8 @@ class _EntryStates(torch.autograd.Function):
             )
         ]
         entries = _own(folded, ends, rank, schedule, size, group)
-        # The transpose schedule folds the gradients of the same heads again, so it keeps those maps: no bytes sent.
+        # The transpose schedule folds the gradients of the same heads again, so it keeps those
+        # maps: no bytes sent.
         kept = received[:num_maps] if schedule == "transpose" else summaries[:num_maps]
         ctx.call = call
         ctx.save_for_backward(rank, *kept, *entries)

@@ -1,4 +1,5 @@
-"""Composition of span maps over ranks, as one op with its own backward; no graph is unrolled over ranks.
+"""Composition of span maps over ranks, as one op with its own backward; no graph is unrolled over
+ranks.
 
 Rank j turns a state S into M_j S + E_j. The state in which each rank starts is the exclusive fold
 
@@ -8,8 +9,9 @@ and its adjoint is the same fold in the other direction, with the transpose of e
 
     Y_{P-1} = 0,  Y_{j-1} = M_j^T Y_j + dX_j;   dE_j = Y_j,  dM_j = Y_j X_j^T
 
-A document that begins inside rank j makes M_j zero. M has named axes, as the state has: none is the identity, ""
-a scalar, "K" a diagonal, "K K'" dense (row K, column K'), "K V" elementwise. Notation: P ranks, B batch, H heads.
+A document that begins inside rank j makes M_j zero. M has named axes, as the state has: none is the
+identity, "" a scalar, "K" a diagonal, "K K'" dense (row K, column K'), "K V" elementwise. Notation:
+P ranks, B batch, H heads.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def equation(axes: str, map_axes: str) -> tuple[str, str, str]:
-    """Einsum letters of (M, the state it reads, the state it gives): "K V", "K K'" -> ("ab", "bc", "ac")."""
+    """Einsum letters of (M, the state it reads, the state it gives): "K V", "K K'" -> ("ab", "bc",
+    "ac").
+    """
     letters: dict[str, str] = {}
     for name in (*map_axes.split(), *axes.split()):
         letters.setdefault(name, chr(ord("a") + len(letters)))

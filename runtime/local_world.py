@@ -1,8 +1,9 @@
-"""Several ranks in one process: a thread each, real numbers, no sockets. For tests, examples and debugging.
+"""Several ranks in one process: a thread each, real numbers, no sockets. For tests, examples and
+debugging.
 
-`run_ranks(4, f)` calls f(rank, group) on four threads whose default process group joins them, and returns the four
-results. Functional collectives, autograd through them and uneven splits work; torch.compile does not (compile first,
-then run the transformed graph here).
+`run_ranks(4, f)` calls f(rank, group) on four threads whose default process group joins them, and
+returns the four results. Functional collectives, autograd through them and uneven splits work;
+torch.compile does not (compile first, then run the transformed graph here).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Result = TypeVar("Result")
 
 
 def run_ranks(size: int, function: Callable[[int, str], Result]) -> list[Result]:
-    """[function(rank, name of the group of all) for each rank], run together; the first error is raised."""
+    """[function(rank, name of the group of all) for each rank], run together; the first error is
+    raised.
+    """
     results: list[Any] = [None] * size
     errors: list[tuple[int, BaseException]] = []
     store = dist.HashStore()

@@ -1,8 +1,9 @@
-"""Axes of a DeviceMesh as passes need them: size, this rank's place, and a process group for each kind of traffic.
+"""Axes of a DeviceMesh as passes need them: size, this rank's place, and a process group for each
+kind of traffic.
 
-A wait on one collective of a group also waits for all earlier ones of it, so state exchange, tokens (keys, halos),
-experts and small statistics each have their own group. They are made here, on all ranks in one order, before anything
-is compiled.
+A wait on one collective of a group also waits for all earlier ones of it, so state exchange, tokens
+(keys, halos), experts and small statistics each have their own group. They are made here, on all
+ranks in one order, before anything is compiled.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ TRAFFIC = ("state", "tokens", "experts", "numbers")
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a mesh, seen from this rank. `groups`: name of the process group for each kind of traffic."""
+    """One axis of a mesh, seen from this rank. `groups`: name of the process group for each kind of
+    traffic.
+    """
 
     name: str
     size: int

@@ -1,7 +1,8 @@
 """Where a shard of the sequence lies, as data of the graph: no value is read on the host.
 
-Rank r holds tokens offset .. offset + T of the sequence; T may differ between ranks. `cu_seqlens` is global and the
-same on every rank. Notation: P ranks, N documents, T tokens of this rank, H heads.
+Rank r holds tokens offset .. offset + T of the sequence; T may differ between ranks. `cu_seqlens`
+is global and the same on every rank. Notation: P ranks, N documents, T tokens of this rank, H
+heads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def global_count(counts: Tensor, factor: int) -> Tensor:
 
 
 def local_documents(cu_seqlens: Tensor, offset: Tensor, x: Tensor) -> Tensor:
-    """The documents' parts on this rank as offsets into x [B, T, ...]: [N+1]; absent ones are empty."""
+    """The documents' parts on this rank as offsets into x [B, T, ...]: [N+1]; absent ones are
+    empty.
+    """
     return (cu_seqlens - offset).clamp(0, x.shape[1]).to(torch.int32)
 
 
@@ -40,9 +43,13 @@ def shifted_documents(cu_seqlens: Tensor, offset: Tensor) -> Tensor:
 
 
 def last_document(cu_seqlens: Tensor, offset: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The last document on this rank: ([0, its start here, T] int32, [1] whether it began on an earlier rank)."""
+    """The last document on this rank: ([0, its start here, T] int32, [1] whether it began on an
+    earlier rank).
+    """
     length = x.shape[1]
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), (offset + length - 1).to(cu_seqlens.dtype), right=True)
+    document = torch.searchsorted(
+        cu_seqlens[1:].contiguous(), (offset + length - 1).to(cu_seqlens.dtype), right=True
+    )
     start = cu_seqlens.index_select(0, document) - offset
     parts = torch.cat([torch.zeros_like(start), start.clamp_min(0), torch.full_like(start, length)])
     return parts.to(torch.int32), start < 0
@@ -54,19 +61,24 @@ def reset(map_: Tensor, enters: Tensor) -> Tensor:
 
 
 def reset_only(end: Tensor, enters: Tensor) -> Tensor:
-    """The map [B, H] of a state that has none (the identity), for E [B, H, ...]: one, or zero at a boundary."""
+    """The map [B, H] of a state that has none (the identity), for E [B, H, ...]: one, or zero at a
+    boundary.
+    """
     return enters.to(end.dtype).expand(end.shape[:2])
 
 
 def place(entry: Tensor, cu_seqlens: Tensor, offset: Tensor) -> Tensor:
-    """Entry state [1, H, ...] of the document that goes on from the rank before -> states [N, H, ...], others zero."""
+    """Entry state [1, H, ...] of the document that goes on from the rank before -> states [N, H,
+    ...], others zero.
+    """
     open_ = (cu_seqlens[:-1] < offset) & (cu_seqlens[1:] > offset)
     open_ = open_.reshape(-1, *(1 for _ in entry.shape[1:]))
     return torch.where(open_, entry, torch.zeros_like(entry))
 
 
 def halo(x: Tensor, count: int, rank: Tensor, index: int, size: int, group: str) -> Tensor:
-    """The last `count` tokens of the rank before, [B, count, ...] of x [B, T, ...]; zeros on the first rank.
+    """The last `count` tokens of the rank before, [B, count, ...] of x [B, T, ...]; zeros on the
+    first rank.
 
     Ranks form a ring, so that shapes agree; what the first receives is masked by data.
     """
@@ -78,7 +90,9 @@ def halo(x: Tensor, count: int, rank: Tensor, index: int, size: int, group: str)
 
 
 def gather_tokens(x: Tensor, size: int, group: str) -> Tensor:
-    """Tokens of all ranks, x [B, T, ...] -> [B, P T, ...]; every rank holds as many. Backward: reduce-scatter."""
+    """Tokens of all ranks, x [B, T, ...] -> [B, P T, ...]; every rank holds as many. Backward:
+    reduce-scatter.
+    """
     gathered = collectives.wait(collectives.start_all_gather(x, size, group))
     return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
 
@@ -98,7 +112,9 @@ def sum_over_tokens(x: Tensor, dims: list[int], keepdim: bool, group: str) -> Te
 def mean_over_tokens(
     x: Tensor, dims: list[int], keepdim: bool, counts: Tensor, length: int, group: str
 ) -> Tensor:
-    """Mean over `dims` of all ranks' tokens. One number in x's reduced part stands for one of `length` tokens."""
+    """Mean over `dims` of all ranks' tokens. One number in x's reduced part stands for one of
+    `length` tokens.
+    """
     reduced = 1
     for dim in dims:
         reduced = reduced * x.shape[dim]
@@ -117,7 +133,12 @@ def cross_entropy(
 ) -> Tensor:
     """F.cross_entropy over the tokens of all ranks: the mean divides by all labels that count."""
     total = F.cross_entropy(
-        logits, labels, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        logits,
+        labels,
+        weight,
+        ignore_index=ignore_index,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
     if reduction == "mean":
         known = labels != ignore_index

@@ -1,13 +1,16 @@
-"""State exchange on simulated ranks: entry states and gradients of P ranks are those of a sequential fold."""
+"""State exchange on simulated ranks: entry states and gradients of P ranks are those of a
+sequential fold.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from lmoe_compiler.runtime import exchange
 from lmoe_compiler.runtime.fold import fold
 from lmoe_compiler.runtime.local_world import run_ranks
-from torch import Tensor
 
 SIZES = {"K": 3, "K'": 3, "V": 2, "V'": 2}
 # One tuple a recurrence: per state its axes and its map's.
