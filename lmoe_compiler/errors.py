@@ -175,12 +175,6 @@ class NonFiniteLoss(LmoeError, ArithmeticError):
 # -- many ranks ---------------------------------------------------------------------------------
 
 
-class NoSuchAxis(LmoeError, KeyError):
-    """`sequence_parallel=` or `expert_parallel=` names an axis that the mesh does not have."""
-
-    __str__ = LmoeError.__str__
-
-
 class StaticSequence(LmoeError, ValueError):
     """The token axis has a fixed size in the graph, so passes cannot follow it."""
 

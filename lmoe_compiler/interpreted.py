@@ -106,8 +106,9 @@ def _span_map(
         inputs[0].new_zeros(sizes.state(var), dtype=sizes.accumulate) for var in program.states
     ]
     _, ends = _run(program, inputs, zeros, None)
-    # A document that began inside the span has seen nothing of what came before.
-    carried = 0 if cu_seqlens is not None and len(cu_seqlens) > 2 else 1
+    # A document that began inside the span has seen nothing of what came before; documents
+    # without tokens ahead of it are no boundary (a shard's offsets have them).
+    carried = 0 if cu_seqlens is not None and start > 0 else 1
     maps: list[Tensor | None] = []
     for i, (var, own) in enumerate(zip(program.states, axes, strict=True)):
         if own is None:

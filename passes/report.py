@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """`counts`: how many of each thing were changed. `notes`: a line each. Empty when nothing was."""
+    """`counts`: how many of each thing were changed. `notes`: a line each."""
 
     name: str
     counts: dict[str, int] = field(default_factory=dict)

@@ -34,17 +34,18 @@ MARKED = frozenset({"scan", "short_conv", "attention", "experts"})
 LOSSES = frozenset({torch.nn.functional.cross_entropy})
 
 _SHAPE = frozenset(
-    "permute transpose t unsqueeze squeeze expand clone _to_copy detach alias copy_ lift_fresh_copy "
-    "empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full empty zeros ones "
-    "full scalar_tensor bernoulli bernoulli_ rand_like randn_like native_dropout embedding "
-    "_assert_tensor_metadata as_strided_ sym_size sym_numel sym_stride result_type".split()
+    "permute transpose t unsqueeze squeeze expand clone _to_copy detach alias copy_ "
+    "lift_fresh_copy empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full empty zeros "
+    "ones full scalar_tensor bernoulli bernoulli_ rand_like randn_like native_dropout embedding "
+    "_assert_tensor_metadata".split()
 )
+_POINTWISE = frozenset({"floor_divide", "remainder", "fmod"})  # torch leaves these untagged
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias"})
 _ALONG = frozenset(
-    "sum mean amax amin max min argmax argmin any all prod var std var_mean logsumexp linalg_vector_norm "
-    "_softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp topk sort gather scatter "
-    "scatter_add index_select index_add cat stack split split_with_sizes slice select narrow flip roll "
-    "unbind glu repeat_interleave unfold constant_pad_nd searchsorted".split()
+    "sum mean amax amin max min argmax argmin any all prod var std var_mean logsumexp topk sort "
+    "linalg_vector_norm _softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp "
+    "gather scatter scatter_add index_select index_add cat stack split split_with_sizes slice select "
+    "narrow flip roll unbind glu repeat_interleave unfold constant_pad_nd searchsorted".split()
 )
 _PRODUCTS = {"mm": (1, 0), "addmm": (1, 0), "bmm": (2, 1), "baddbmm": (2, 1), "mv": (1, 0)}
 _NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "rms_norm"})
@@ -136,7 +137,7 @@ def _find_sequence(gm: fx.GraphModule, dim: int) -> Tokens:
         if static
         else "",
         why="passes tell the token axis from others by its symbol",
-        try_=f"torch._dynamo.mark_dynamic(x, {dim}) for each input with tokens, and more than one token a rank",
+        try_=f"lmoe.compile(model, ..., sequence_dim={dim}), and more than one token on each rank",
     )
 
 
@@ -155,7 +156,7 @@ def _classify(node: fx.Node, tokens: Tokens, mode: Any) -> None:
             f"{_name(node)} mixes tokens, and no pass knows how",
             where=where(node),
             why=watch.problem,
-            try_="lmoe.scan, lmoe.short_conv or lmoe.attention ops for mixing tokens, or run it outside the shard",
+            try_="mix tokens by a recurrence, lmoe::attention or lmoe::short_conv",
         )
     for kind, nodes in (
         ("sum", tokens.reductions),
@@ -185,8 +186,10 @@ class _Watch(TorchDispatchMode):
         return out
 
     def _problem(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> str:
-        name = func.overloadpacket._qualified_op_name.split("::")[1]
-        tensors = [x for x in _tensors(args)]
+        space, name = func.overloadpacket._qualified_op_name.split("::")
+        tensors = list(_tensors(args))
+        if space == "prim":
+            return ""
         if not any(axes_with(x, self.symbol) for x in (*args, *kwargs.values(), out)):
             return ""
         if name == "arange":
@@ -194,7 +197,7 @@ class _Watch(TorchDispatchMode):
             return ""
         if any(self._pairs(x) for x in _tensors((out,))):
             return f"{func} makes a value for every pair of tokens"
-        if torch.Tag.pointwise in func.tags:
+        if torch.Tag.pointwise in func.tags or name in _POINTWISE:
             if any(axes_with(x, self.symbol) for x in args if not isinstance(x, Tensor | list)):
                 self.found.add("count")
             return ""
@@ -234,12 +237,9 @@ class _Watch(TorchDispatchMode):
         if name in ("sum", "mean"):
             self.found.add("sum")
             return ""
-        whole = name in ("slice", "narrow") and out.shape == tensors[0].shape
-        if name == "slice" and not whole:
-            whole = bool(
-                sympy.Eq(*(expression(x.shape[axes[0]]) or 0 for x in (out, tensors[0]))) == True
-            )
-        return "" if whole else f"{func} runs along the token axis"
+        if name == "slice" and _same_size(out, tensors[0], axes[0]):
+            return ""
+        return f"{func} runs along the token axis"
 
     def _pairs(self, x: Tensor) -> bool:
         degree = sum(
@@ -258,6 +258,11 @@ class _Watch(TorchDispatchMode):
         for size in x.shape[axes[-1] + 1 :]:
             behind = behind * size
         return behind
+
+
+def _same_size(a: Tensor, b: Tensor, dim: int) -> bool:
+    left, right = expression(a.shape[dim]), expression(b.shape[dim])
+    return left is not None and right is not None and sympy.simplify(left - right) == 0
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -43,7 +43,7 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
 
 
 class _GlobalSum(torch.autograd.Function):
-    """Sum over ranks of a value that all of them then use alike: one loss, not one for each rank."""
+    """Sum over ranks of a value that all of them use alike: one loss, not one a rank."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:

@@ -36,7 +36,7 @@ SCHEDULES = ("all_gather", "transpose")
 
 
 def start(summaries: Sequence[Tensor], schedule: str, size: int, group: str) -> Tensor:
-    """Send span maps (M of each state that has one [B, H, ...], then E of each state [B, H, ...])."""
+    """Send span maps: M [B, H, ...] of each state that has one, then E [B, H, ...] of each state."""
     return _send([x.detach() for x in summaries], schedule, size, group)
 
 

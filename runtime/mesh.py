@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lmoe_compiler.errors import NoSuchAxis
+from lmoe_compiler.errors import InvalidOption
 
 TRAFFIC = ("state", "tokens", "experts", "numbers")
 
@@ -40,7 +40,7 @@ def axis_of(mesh: DeviceMesh, name: str) -> Axis:
     """The axis of that name, with its own groups; call it on every rank, in the same order."""
     names = mesh.mesh_dim_names or ()
     if name not in names:
-        raise NoSuchAxis(
+        raise InvalidOption(
             f"the mesh has no axis {name!r}",
             where=f"DeviceMesh of shape {tuple(mesh.mesh.shape)}",
             why=f"its axes are {', '.join(names) or 'unnamed'}",
