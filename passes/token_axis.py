@@ -242,8 +242,11 @@ class _Watch(TorchDispatchMode):
         return f"{func} runs along the token axis"
 
     def _pairs(self, x: Tensor) -> bool:
+        sizes = [expression(x.shape[d]) for d in axes_with(x, self.symbol)]
         degree = sum(
-            sympy.degree(expression(x.shape[d]), self.symbol) for d in axes_with(x, self.symbol)
+            sympy.degree(e, self.symbol) if e.is_polynomial(self.symbol) else 1  # T // n counts once
+            for e in sizes
+            if e is not None
         )
         return bool(degree > 1)
 
