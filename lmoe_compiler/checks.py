@@ -243,8 +243,8 @@ def _declared(var: Var) -> str:
 
 
 def _where(program: Program, var: Var) -> str:
-    line = f" ({var.loc})" if var.loc else ""
-    return f"argument {var.name} of {program.name}{line}"
+    declared = var.loc or program.states[0].loc
+    return f"argument {var.name} of {program.name}" + (f" ({declared})" if declared else "")
 
 
 def _rank_fix(var: Var, x: Spec, step: bool) -> str:

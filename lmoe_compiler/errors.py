@@ -107,7 +107,7 @@ class HeadCountMismatch(ShapeMismatch):
     """Head counts must divide the widest input's."""
 
 
-class DtypeMismatch(LmoeError, TypeError):
+class DtypeMismatch(LmoeError, ValueError):
     """An argument has a dtype that this recurrence cannot take, or a mix of dtypes."""
 
 

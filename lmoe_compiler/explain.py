@@ -1,16 +1,18 @@
 """`lmoe.explain(model, *args)`: every stage of a compiled model, from the recurrences' IR to the graphs after AOTAutograd.
 
-The model is compiled once more with the same passes and without Inductor, and run forward; nothing about it changes.
+The model is compiled once more with the same passes and without Inductor, and run once forward and backward; nothing about it changes.
 The command `lmoe explain` is in report.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lmoe_compiler.backend import lmoe_backend
 from lmoe_compiler.config import CompileOptions
@@ -51,8 +53,17 @@ def explain(model: Callable[..., Any], *args: Any, **options: Any) -> Explanatio
         )
     original = getattr(model, "_orig_mod", model)
     compiled = torch.compile(original, backend=lmoe_backend, options=settings, dynamic=False)  # type: ignore[call-overload]
-    compiled(*args)
+    _backward(compiled(*args), [*getattr(original, "parameters", list)(), *args])
     return Explanation(tuple(_stages(record)))
+
+
+def _backward(output: Any, leaves: Sequence[Any]) -> None:
+    """Run the backward, which is compiled when it first runs; no gradient is kept."""
+    results = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    wanted = [x for x in tree_leaves(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    if results and wanted:
+        ones = [torch.ones_like(x) for x in results]
+        torch.autograd.grad(results, wanted, ones, allow_unused=True)
 
 
 def _stages(record: Record) -> Iterator[Stage]:
