@@ -43,7 +43,7 @@ def lmoe_backend(
     show("fx", "graph of the model", lambda: readable(gm))
     pipeline(chosen).run(gm, graph, texts=record.texts)
     inner = INNER_COMPILERS[chosen.inner]
-    return inner(gm, example_inputs, chosen, graph, record.texts)  # type: ignore[no-any-return]
+    return inner(gm, example_inputs, chosen, graph, record.texts)
 
 
 def _programs(gm: fx.GraphModule) -> tuple[tuple[str, str], ...]:
@@ -63,7 +63,7 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
+    return compile_fx(gm, example_inputs, config_patches=patches)
 
 
 def _aot_eager(

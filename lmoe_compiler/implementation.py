@@ -116,7 +116,7 @@ def kernels_or_reason(function: str, program: Program, inputs: Tensors, options:
 def _function(module: str, name: str) -> Callable[..., Any]:
     """A function of an implementation; what the chunked one does not have, the interpreter does."""
     found = getattr(_module(module), name, None) or getattr(_module(INTERPRETER), name)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @cache

@@ -89,7 +89,7 @@ def align(ctx: Context, operands: Sequence[Named]) -> tuple[list[Node], tuple[Ax
 
 def number(x: Any) -> float:
     """A number that arrived as an operand."""
-    return float(x.node["value"]) if isinstance(x, Named) else float(x)
+    return float(str(x.node["value"])) if isinstance(x, Named) else float(x)
 
 
 def pointwise(ctx: Context, op: str, *operands: Named) -> Named:

@@ -13,7 +13,7 @@ from lmoe_compiler.config import Options
 from lmoe_compiler.debug import heading
 from lmoe_compiler.errors import ImplementationUnavailable
 from lmoe_compiler.implementation import choose, kernels_or_reason
-from lmoe_compiler.ir.nodes import Bound, Node, Program, topological
+from lmoe_compiler.ir.nodes import Bound, Next, Node, Program, topological
 from lmoe_compiler.ir.text import print_program
 from lmoe_compiler.lower.adjoint import adjoint
 from lmoe_compiler.lower.chunk import NoChunkForm, chunk_program
@@ -59,7 +59,7 @@ def proofs(program: Program) -> str:
     reasons = [
         f"{', '.join(item.states)}: {item.reason}" + (f"  ({item.loc})" if item.loc else "")
         for item in program.body
-        if getattr(item, "reason", "")
+        if isinstance(item, Next) and item.reason
     ]
     return "\n".join([program.transition.kind, *kinds, *map(_bound, program.bounds), *reasons])
 

@@ -85,7 +85,7 @@ def _open_autocasts(node: fx.Node) -> list[tuple[Any, ...]]:
         if earlier.target is ENTER:
             opened[earlier] = tuple(earlier.args)
         elif earlier.target is EXIT:
-            opened.pop(earlier.args[0])  # type: ignore[arg-type]
+            opened.pop(earlier.args[0])
     return list(opened.values())
 
 

@@ -111,7 +111,7 @@ class _EntryStates(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: tuple[Any, ...], flight: Tensor, rank: Tensor, *summaries: Tensor
-    ) -> tuple[Tensor, ...]:  # type: ignore[override]
+    ) -> tuple[Tensor, ...]:
         axes, schedule, size, group = call
         received = _receive(flight, summaries, schedule, size)
         num_maps = len(summaries) - len(axes)

@@ -26,7 +26,7 @@ def run_ranks(size: int, function: Callable[[int, str], Result]) -> list[Result]
     results: list[Any] = [None] * size
     errors: list[tuple[int, BaseException]] = []
     store = dist.HashStore()
-    isolate = torch._C._distributed_c10d._set_thread_isolation_mode
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
     multi_threaded_pg._install_threaded_pg()
     isolate(True)
 

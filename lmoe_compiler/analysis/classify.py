@@ -115,14 +115,14 @@ def split(p: Poly, axis: str) -> list[tuple[Poly, Poly]]:
         right = canonical(f for part in parts if axis not in labels_of(part) for f in part)
         by_left.setdefault(left, Poly())[right] = c
     pairs: list[tuple[Poly, Poly]] = []
-    for left, right in by_left.items():
+    for left, rights in by_left.items():
         for known, other in pairs:
-            ratio = _ratio(right, other)
+            ratio = _ratio(rights, other)
             if ratio is not None:
                 known[left] = ratio
                 break
         else:
-            pairs.append((Poly({left: Fraction(1)}), right))
+            pairs.append((Poly({left: Fraction(1)}), rights))
     return pairs
 
 
@@ -155,8 +155,8 @@ def content(p: Poly) -> tuple[Poly, Poly]:
                 kept.extend(group)
         rest[canonical(kept)] = c / lead
     factor = constant(lead)
-    for group in common.elements():
-        factor = mul(factor, Poly({group: Fraction(1)}))
+    for shared in common.elements():
+        factor = mul(factor, Poly({shared: Fraction(1)}))
     return factor, rest
 
 

@@ -248,8 +248,8 @@ class Emitter:
             if "~" in labels and self.state_axes[a.name][labels.index("~")] not in vector_.free:
                 total = add(total, mul(vector_, self._summed_state(a, labels, rest)))
                 continue
-            factor, vector = content(vector_)
-            name = self.read(a.name, a.version, vector, self.state_axes[a.name][labels.index("~")])
+            factor, by = content(vector_)
+            name = self.read(a.name, a.version, by, self.state_axes[a.name][labels.index("~")])
             read = atom("input", name, tuple(x for x in labels if x != "~"))
             total = add(total, mul(mul(factor, read), self._product_without_states(rest)))
         return total

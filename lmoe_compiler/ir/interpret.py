@@ -94,8 +94,8 @@ def apply_op(
         axis, x = str(node["axis"]), args[0]
         position = x.tensor.dim() - len(x.axes) + x.axes.index(axis)
         return Value(
-            x.tensor.select(position, int(node["at"])), tuple(a for a in x.axes if a != axis)
-        )  # type: ignore[arg-type]
+            x.tensor.select(position, int(str(node["at"]))), tuple(a for a in x.axes if a != axis)
+        )
     if op in ("sum", "max"):
         axis, x = str(node["axis"]), args[0]
         rest = tuple(a for a in x.axes if a != axis)

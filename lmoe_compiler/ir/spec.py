@@ -78,7 +78,8 @@ class _Body:
 
     def step(self, step: Step) -> None:
         axes = self.axes(step.state)
-        for part in (*step.decays, *step.feedbacks, *step.writes):
+        parts: list[Decay | Feedback | Write] = [*step.decays, *step.feedbacks, *step.writes]
+        for part in parts:
             where = str(part.loc or "")
             if isinstance(part, Decay):
                 self.expression([part.factor] + ([] if part.log is None else [part.log]))

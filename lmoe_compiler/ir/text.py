@@ -99,7 +99,7 @@ def print_program(program: Program, lines: bool = True) -> str:
 class _Printer:
     def __init__(self, program: Program, lines: bool) -> None:
         self.program, self.lines = program, lines
-        declared = [*program.states, *program.inputs, *_reads(program)]
+        declared: list[Var | Read] = [*program.states, *program.inputs, *_reads(program)]
         self.names: dict[Node, str] = {var.node: var.name for var in declared}
         self.shared = _shared(program)
         taken = {var.name for var in declared}

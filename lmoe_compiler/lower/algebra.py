@@ -20,7 +20,7 @@ def interned(node: Node) -> Node:
 
 
 def make(op: str, *args: Node, **attrs: Attr) -> Node:
-    return interned(_make(op, *args, **attrs))
+    return interned(_make(op, *args, loc=None, **attrs))
 
 
 def const(value: float) -> Node:
