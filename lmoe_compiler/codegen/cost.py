@@ -24,6 +24,9 @@ B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
+SEGMENTS = False
+"""Whether partition.py cuts sequences yet."""
+
 RULES = """\
 scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
 chunk 32, 3 stages, solves     428 us against 395-600 us at chunk 64, and prepare takes 127 us instead of 230
@@ -158,9 +161,10 @@ def choose(program: Program, direction: str, call: Call, batch: int, length: int
 
 
 def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
-    steps = [s for s in program.body if isinstance(s, Step)]
+    steps = _steps(program)
     solves = any(s.feedbacks for s in steps)
     vector = any(d.factor.axes for s in steps for d in s.decays)
+    segments = _segments(call, batch, length) if segmented(program, direction) else 1
     half = call.dtype != "fp32"
     largest = max((size for _, size in call.sizes), default=16)
     chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
@@ -169,7 +173,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     prepare = Tuning(block=0, num_warps=_prepare_warps(chunk, vector), num_stages=1)
     return Choice(
         chunk=chunk,
-        segments=1 if solves or direction == "backward" else _segments(call, batch, length, chunk),
+        segments=segments,
         prepare=solves or vector,
         prepare_rows=vector,
         default=Tuning(block=64, num_warps=4, num_stages=stages),
@@ -187,8 +191,17 @@ def _prepare_warps(chunk: int, vector: bool) -> int:
     return 2 if vector else 1
 
 
-def _segments(call: Call, batch: int, length: int, chunk: int) -> int:
-    """Segments that just fill the SMs with two blocks each, of at least 16 chunks."""
+def _steps(program: Program) -> list[Step]:
+    return [item for item in program.body if isinstance(item, Step)]
+
+
+def segmented(program: Program, direction: str) -> bool:
+    """Whether a sequence may be cut into segments: a span's map must be a scalar or a diagonal."""
+    return direction == "forward" and SEGMENTS and not any(s.feedbacks for s in _steps(program))
+
+
+def _segments(call: Call, batch: int, length: int) -> int:
+    """Segments that just fill the SMs with two blocks each, of at least 1024 tokens."""
     values = dict(call.sizes).get("V", 64)
     programs = batch * call.heads * -(-values // 64)
-    return max(1, min(2 * device().sms // programs, length // (16 * chunk)))
+    return max(1, min(2 * device().sms // programs, length // 1024))

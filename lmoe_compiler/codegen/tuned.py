@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -36,9 +38,24 @@ def structure(program: Program) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:12]
 
 
+_forced: dict[str, Choice] = {}
+
+
+@contextmanager
+def forced(direction: str, choice: Choice) -> Iterator[None]:
+    """Every call of this direction gets `choice`: how plans are tried."""
+    _forced[direction] = choice
+    try:
+        yield
+    finally:
+        del _forced[direction]
+
+
 def lookup(
     device: str, program: Program, direction: str, call: Call, batch: int, length: int
 ) -> Choice | None:
+    if direction in _forced:
+        return _forced[direction]
     rows = _rows(device)
     if not rows or call.varlen:
         return None

@@ -1,0 +1,23 @@
+"""`lmoe bench kernels | decode | tune`: times generated kernels, beside flash-linear-attention's where installed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "kernels": "forward and backward on the grid of shapes; --against fla",
+    "decode": "one token a call, eager and as a CUDA graph; --against fla",
+    "tune": "search plans, check their numbers, write the table that the package ships",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        rows = "\n".join(f"  lmoe bench {name:<9}{what}" for name, what in COMMANDS.items())
+        print(f"{__doc__}\n\n{rows}", file=sys.stderr if argv else sys.stdout)
+        return 2 if argv else 0
+    command, *rest = argv
+    status: int = importlib.import_module(f"lmoe_compiler.bench.{command}").main(rest)
+    return status

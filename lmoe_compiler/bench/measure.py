@@ -1,0 +1,63 @@
+"""One measurement of one call: medians, kernels launched, peak memory, first call. Device work is timed with events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COPY_BANDWIDTH = 4.2e12
+"""Bytes a second of a device-to-device copy on an H200, read plus written: what "floor" is measured in."""
+
+
+def median_us(function: Callable[[], object], rep_ms: int = 100) -> float:
+    from triton.testing import do_bench
+
+    return 1e3 * float(do_bench(function, warmup=25, rep=rep_ms, return_mode="median"))
+
+
+def first_call_seconds(function: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def kernels_launched(function: Callable[[], object]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        function()
+        torch.cuda.synchronize()
+    return sum(e.count for e in recorded.key_averages() if e.device_type.name == "CUDA")
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most memory in use during the call, above what was in use before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) - before
+
+
+def forward_backward(
+    forward: Callable[[], Tensor], inputs: Sequence[Tensor], d_output: Tensor
+) -> Callable[[], Any]:
+    def call() -> Any:
+        return torch.autograd.grad(forward(), inputs, d_output)
+
+    return call
+
+
+def relative_rms(x: Tensor, reference: Tensor) -> float:
+    """||x - reference|| / ||reference||; NaN where any element is."""
+    return float(
+        torch.linalg.vector_norm(x.double() - reference.double())
+        / torch.linalg.vector_norm(reference.double())
+    )
