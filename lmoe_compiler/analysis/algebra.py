@@ -63,6 +63,11 @@ def mul(p: Poly, q: Poly) -> Poly:
 def normal(mono: Monomial) -> Poly:
     """One product of factors in normal form."""
     factors = _without_deltas(list(mono))
+    diagonal = next((f for f in factors if f[0].kind == "fn" and len(set(f[1])) < len(f[1])), None)
+    if diagonal is not None:
+        rest = list(factors)
+        rest.remove(diagonal)
+        return _product(rest, apply(diagonal[0].name, open_atom(*diagonal)))
     merged = merge(factors)
     return merged if merged is not None else Poly({canonical(factors): Fraction(1)})
 
@@ -114,16 +119,19 @@ def open_atom(a: Atom, labels: tuple[str, ...]) -> tuple[Poly, ...]:
 def close_atom(kind: str, name: str, args: tuple[Poly, ...]) -> Poly:
     """A function atom of `args`: their free labels become slots, in the order that gives the least text."""
     free = sorted({x for p in args for x in p.free})
-    best: tuple[str, tuple[str, ...], tuple[Poly, ...]] | None = None
+    orders: dict[str, list[tuple[str, ...]]] = {}
+    closed: dict[str, tuple[Poly, ...]] = {}
     for order in permutations(free):
         slots = {x: f"{dim(x)}#{i}" for i, x in enumerate(order)}
-        closed = tuple(relabel(p, slots) for p in args)
-        text = "; ".join(p.key for p in closed)
-        if best is None or text < best[0]:
-            best = text, order, closed
-    assert best is not None
-    factor = Atom(kind, name, best[2]), tuple(x.replace("^", "~") for x in best[1])
-    return Poly({(factor,): Fraction(1)})
+        candidate = tuple(relabel(p, slots) for p in args)
+        text = "; ".join(p.key for p in candidate)
+        orders.setdefault(text, []).append(order)
+        closed[text] = candidate
+    least = min(orders)
+    first = orders[least][0]
+    same = tuple(tuple(first.index(x) for x in order) for order in orders[least])
+    factor = Atom(kind, name, closed[least], symmetries=same), tuple(x.replace("^", "~") for x in first)
+    return Poly({canonical([factor]): Fraction(1)})
 
 
 def single(p: Poly) -> tuple[Monomial, Fraction] | None:
@@ -298,6 +306,17 @@ UNARY: dict[str, Callable[[Poly], Poly]] = {
     "sigmoid": sigmoid, "logsigmoid": logsigmoid, "softplus": softplus, "tanh": tanh,
     "sqrt": sqrt, "rsqrt": rsqrt, "recip": recip,
 }  # fmt: skip
+
+
+def apply(name: str, args: tuple[Poly, ...]) -> Poly:
+    """A function by the name of its atom."""
+    if name in UNARY:
+        return UNARY[name](args[0])
+    if name.startswith("pow "):
+        return power(args[0], Fraction(name[4:]))
+    if name == "max" and not any("@" in x for mono in args[0] for x in labels_of(mono)):
+        return args[0]
+    return close_atom("fn", name, args)
 
 
 def merge(factors: list[Factor]) -> Poly | None:

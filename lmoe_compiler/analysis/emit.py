@@ -145,7 +145,7 @@ class Emitter:
         return node
 
     def _inverse(self, group: list[Factor]) -> Node | None:
-        if len(group) == 1 and group[0][0].name == "pow -1":
+        if len(group) == 1 and group[0][0].name == "pow -1" and not any(map(is_bound, group[0][1])):
             return self.node(open_atom(*group[0])[0])
         return None
 

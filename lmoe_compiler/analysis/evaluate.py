@@ -105,7 +105,7 @@ class Evaluator:
             return self.summed(mul(*args) if op == "dot" else args[0], str(node["axis"]))
         if op == "max":
             axis = str(node["axis"])
-            return close_atom("fn", "max", (relabel(args[0], {axis: f"{base(axis)}@"}),))
+            return f.apply("max", (relabel(args[0], {axis: f"{base(axis)}@"}),))
         return self._function(node, args)
 
     def summed(self, p: Poly, axis: str) -> Poly:

@@ -38,6 +38,8 @@ class Atom:
     name: str = ""
     args: tuple[Poly, ...] = ()
     version: int = 0
+    # Of a function: orders of its slots that mean the same (of exp(x[i] y[j]) only one, of exp(x[i] x[j]) two).
+    symmetries: tuple[tuple[int, ...], ...] = ()
     key: str = field(init=False)
     states: frozenset[str] = field(init=False)
 
@@ -148,9 +150,17 @@ def renamed(mono: Iterable[Factor], names: Mapping[str, str]) -> Monomial:
     return tuple((a, tuple(names.get(x, x) for x in labels)) for a, labels in mono)
 
 
+def _least(factor: Factor) -> Factor:
+    """The factor with its labels in the least of the orders that mean the same."""
+    a, labels = factor
+    if len(a.symmetries) < 2:
+        return factor
+    return a, min(tuple(labels[i] for i in order) for order in a.symmetries)
+
+
 def canonical(factors: Iterable[Factor]) -> Monomial:
     """Sorted, with bound labels numbered so that the text is least."""
-    factors = list(factors)
+    factors = [_least(f) for f in factors]
     bound = {x for x in labels_of(factors) if is_bound(x)}
     if not bound:
         return tuple(sorted(factors, key=_factor_key))
@@ -173,7 +183,7 @@ def _orders(factors: list[Factor], bound: set[str]) -> Iterable[list[str]]:
 
 def _numbered(factors: list[Factor], order: list[str]) -> Monomial:
     names = {x: f"{dim(x)}~{i}" for i, x in enumerate(order)}
-    return tuple(sorted(renamed(factors, names), key=_factor_key))
+    return tuple(sorted(map(_least, renamed(factors, names)), key=_factor_key))
 
 
 def components(
