@@ -20,7 +20,7 @@ import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._decomp import get_decompositions
-from torch._dynamo.source import ConstantSource
+from torch._guards import GuardSource, Source
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +50,7 @@ NEEDS_VALUE = {
     "unique",
     "_unique2",
 }
+DISPATCH = ("torch/_compile.py", "torch/_dynamo/eval_frame.py")
 OPERANDS = {"Tensor", "number", "Scalar"}
 INTERNAL_IN_PLACE = {"squeeze_", "detach_"}
 DECOMPOSITIONS = get_decompositions(
@@ -101,18 +102,21 @@ def trace(
     refuse_side_effects(step)
     sizes = _Sizes([*states, *inputs], dict(static))
     recorder = _Recorder(step.__code__.co_filename, sizes)
-    with FakeTensorMode(shape_env=sizes.env) as fake, default_float(torch.float32):
+    with FakeTensorMode(shape_env=sizes.env), default_float(torch.float32):
         args = [torch.empty([sizes.of[base(a)] for a in v.axes]) for v in (*states, *inputs)]
         for var, arg in zip((*states, *inputs), args, strict=True):
             recorder.define(arg, Named(var.node, var.axes))
         try:
             with recorder:
                 result = step(*args)
+            results = _checked(step, result, states, recorder)
+        except UnsupportedOperation as error:
+            sizes.refuse_guards(error.where)
+            raise
         except LmoeError:
             raise
         except Exception as error:
             recorder.explain(error)
-        results = _checked(step, result, states, recorder, fake)
     sizes.refuse_guards(recorder.line_of_definition(step))
     *next_states, output = results
     return Traced(
@@ -137,7 +141,6 @@ def _checked(
     result: Any,
     states: Sequence[Var],
     recorder: _Recorder,
-    fake: FakeTensorMode,
 ) -> list[Named]:
     """The returned next states and output, with state axes named as declared."""
     where = recorder.line_of_return(step)
@@ -173,6 +176,20 @@ def _checked(
     return named
 
 
+class _DimSource(Source):
+    """Where a symbol comes from, for ShapeEnv's messages (Dynamo's own sources import all of Dynamo)."""
+
+    def __init__(self, dim: str) -> None:
+        self.dim = dim
+
+    def guard_source(self) -> GuardSource:
+        return GuardSource.CONSTANT
+
+    @property
+    def _name_template(self) -> str:
+        return self.dim
+
+
 class _Sizes:
     """The symbols of the dims, and what torch assumed of them."""
 
@@ -184,7 +201,7 @@ class _Sizes:
         primes = iter(PRIMES)
         for dim in dict.fromkeys(base(a) for v in variables for a in v.axes):
             if dim not in static:
-                source, hint = ConstantSource(dim), next(primes)
+                source, hint = _DimSource(dim), next(primes)
                 symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
                 self.names[str(symbol)] = dim
                 self.of[dim] = self.env.create_symintnode(symbol, hint=hint, source=source)
@@ -288,7 +305,7 @@ class _Recorder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         if func._schema.is_mutable and name not in INTERNAL_IN_PLACE:
-            if sys._getframe(1).f_code.co_filename == self.file:
+            if _caller() == self.file:
                 self._in_place(name)
             return self._mutated(func, args, kwargs)
         for x in _tensors(args, kwargs):
@@ -440,6 +457,14 @@ class _Recorder(TorchDispatchMode):
                 try_="S.T @ k   # [V, K] @ [K] -> [V]",
             ) from error  # fmt: skip
         raise error
+
+
+def _caller() -> str:
+    """The file that called the operation now being dispatched, past torch's own wrappers of the dispatch."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith(DISPATCH):
+        frame = frame.f_back
+    return "" if frame is None else frame.f_code.co_filename
 
 
 def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -228,7 +228,9 @@ class _Analysis:
         writes = []
         for key, value in terms.writes:
             loc = self.emit.line_of(algebra.mul(key, value))
-            writes.append(Write(self.emit.node(key), self.emit.node(value), loc))
+            left, right = self.emit.node(key), self.emit.node(value)
+            missing = [a for a in self.vars[state].axes if a not in (*left.axes, *right.axes)]
+            writes.append(Write(make("mul", _ones(missing), left) if missing else left, right, loc))
         return Step(state, decays, feedbacks, tuple(writes))
 
     def decay(self, p: Poly) -> Decay:

@@ -88,6 +88,9 @@ class _Body:
                 self.expression([part.key, part.value])
                 self.fits(part.key, axes, "key", where)
                 self.fits(part.value, axes, "value", where)
+                filled = {*part.key.axes, *part.value.axes}
+                rest = ", ".join(a for a in axes if a not in filled)
+                self.need(not rest, f"nothing fills axis {rest} of {step.state} in a write", where)
             else:
                 self.feedback(part, axes, where)
 

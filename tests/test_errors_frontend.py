@@ -1,0 +1,245 @@
+"""Every mistake in a step function or an IR text: the error names the value, the user's line, and code that works."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lmoe_compiler as lmoe
+from lmoe_compiler import Head, State, Token, errors, recurrence
+from lmoe_compiler.dims import K, V
+
+OUTSIDE = torch.ones(3)
+LOG: list[torch.Tensor] = []
+COUNT = 0
+
+
+def one_value(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v)
+    return S
+
+
+def too_many(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v)
+    return S, S, S.T @ q
+
+
+def wrong_shape(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v)
+    return S.T, S.T @ q
+
+
+def not_a_tensor(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v)
+    return S, 1.0
+
+
+def branches(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token):
+    if g > 0:
+        S = S + torch.outer(k, v)
+    return S, S.T @ q
+
+
+def converts(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token):
+    S = S * float(g) + torch.outer(k, v)
+    return S, S.T @ q
+
+
+def adds_in_place(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S += torch.outer(k, v)
+    return S, S.T @ q
+
+
+def sets_a_row(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S[0] = v
+    return S, S.T @ q
+
+
+def appends(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    LOG.append(S)
+    return S, S.T @ q
+
+
+def counts(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    global COUNT
+    COUNT = COUNT + 1
+    return S, S.T @ q
+
+
+def prints(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    print(S)
+    return S, S.T @ q
+
+
+def captures(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v)
+    return S, S.T @ q * OUTSIDE.sum()
+
+
+def mixes_dims(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + S.T
+    return S, S.T @ q
+
+
+def loops_over_a_dim(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    for _ in range(k.shape[0]):
+        S = S + torch.outer(k, v)
+    return S, S.T @ q
+
+
+def sorts(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(torch.sort(k).values, v)
+    return S, S.T @ q
+
+
+def merges_axes(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    return S, S.reshape(-1)
+
+
+# step, error, what it says of the value, the user's line, part of the code that works
+STEPS = (
+    (one_value, errors.WrongReturn, "returned one value, not 2", "return S", "return S, output"),
+    (too_many, errors.WrongReturn, "returned 3 values, not 2", "return S, S, S.T @ q", "return S, output"),
+    (wrong_shape, errors.WrongReturn, "state S as [V, K], not [K, V]", "return S.T, S.T @ q", "S is [K, V]"),
+    (not_a_tensor, errors.WrongReturn, "a float as output", "return S, 1.0", "return S, output"),
+    (branches, errors.DataDependentControlFlow, "value of a tensor", "if g > 0:", "torch.where(g > 0"),
+    (converts, errors.DataDependentControlFlow, "value of a tensor", "float(g)", "torch.where"),
+    (adds_in_place, errors.InPlaceUpdate, "in place (add_)", "S += torch.outer(k, v)", "S = S + torch"),
+    (sets_a_row, errors.InPlaceUpdate, "in place (copy_)", "S[0] = v", "S = S + torch"),
+    (appends, errors.SideEffect, "calls .append(...)", "LOG.append(S)", "return S, o"),
+    (counts, errors.SideEffect, "assigns the global COUNT", "COUNT = COUNT + 1", "return S, o"),
+    (prints, errors.SideEffect, "prints", "print(S)", "return S, o"),
+    (captures, errors.CapturedTensor, "shape [3]", "OUTSIDE.sum()", "u: Head[K]"),
+    (mixes_dims, errors.MixedDims, "must match the size of tensor b", "S = S + S.T", "S.T @ k"),
+    (loops_over_a_dim, errors.MixedDims, "K ==", "", "static=True"),
+    (sorts, errors.UnsupportedOperation, "aten.sort", "torch.sort(k)", "torch.outer(k, v)"),
+    (merges_axes, errors.UnsupportedOperation, "aten.view", "S.reshape(-1)", "einsum"),
+)
+
+
+@pytest.mark.parametrize(("step", "error", "value", "line", "works"), STEPS)
+def test_step_is_refused(step, error, value, line, works):
+    r = recurrence(step)
+    with pytest.raises(error) as raised:
+        _ = r.ir
+    text = str(raised.value)
+    assert value in text
+    assert "test_errors_frontend.py" in raised.value.where
+    assert line in raised.value.where
+    assert raised.value.why
+    assert works in raised.value.try_
+
+
+def test_refused_step_stays_refused():
+    r = recurrence(branches)
+    for _ in range(2):
+        with pytest.raises(errors.DataDependentControlFlow):
+            _ = r.ir
+
+
+def no_annotation(S: State[K, V], q, k: Token[K]):
+    return S, S.T @ q
+
+
+def number_annotation(S: State[K, V], q: Token[3]):
+    return S, S.T @ q
+
+
+def unresolved(S: State[K, V], q: "Token[Nowhere]"):  # noqa: F821
+    return S, S.T @ q
+
+
+def no_state(q: Token[K]):
+    return q
+
+
+def no_token(S: State[K, V], u: Head[K]):
+    return S, S.T @ u
+
+
+def late_state(q: Token[K], S: State[K, V]):
+    return S, S.T @ q
+
+
+def with_default(S: State[K, V], q: Token[K], scale: Token = 1.0):
+    return S, S.T @ q
+
+
+SIGNATURES = (
+    (no_annotation, errors.UnknownAnnotation, "argument 'q' has no annotation"),
+    (number_annotation, errors.UnknownAnnotation, "argument 'q' is annotated Token[3]"),
+    (unresolved, errors.UnknownAnnotation, "Nowhere"),
+    (no_state, errors.BadSignature, "states come first"),
+    (no_token, errors.BadSignature, "no Token argument"),
+    (late_state, errors.BadSignature, "states come first"),
+    (with_default, errors.BadSignature, "scale"),
+)
+
+
+@pytest.mark.parametrize(("step", "error", "what"), SIGNATURES)
+def test_signature_is_refused(step, error, what):
+    with pytest.raises(error) as raised:
+        recurrence(step)
+    assert what in str(raised.value)
+    assert "test_errors_frontend.py" in raised.value.where
+    assert "@lmoe.recurrence" in raised.value.try_
+
+
+@pytest.mark.parametrize("bounds", [{"h": (0, 1)}, {"q": (1, 0)}])
+def test_bound_is_refused(bounds):
+    with pytest.raises(errors.BadBound) as raised:
+        recurrence(bounds=bounds)(merges_axes)
+    assert str(next(iter(bounds))) in str(raised.value)
+    assert "bounds={" in raised.value.try_
+
+
+PROGRAM = """recurrence r
+  state S[K, V]
+  token q[K] k[K] v[V]
+  step S
+    update k (x) v
+  read o[V] = q' S
+  output o
+"""
+
+# replace this by that: the error's words, line and column
+SYNTAX = (
+    ("output o", "outputs o", "unknown statement 'outputs'", 7, 3),
+    ("k (x) v", "k (x) v *", "neither declared nor an op", 5, 0),
+    ("k (x) v", "k v", "expected '(x)'", 5, 14),
+    ("k (x) v", "k (x) w", "'w' is neither declared nor an op", 5, 18),
+    ("q' S", "q' T", "'T' is not a state", 6, 18),
+    ("  output o\n", "", "no output", 6, 0),
+    ("[K] k[K]", "[K] q[K]", "'q' is declared twice", 3, 14),
+    ("k (x) v", "k (x) dot[K(k, v)", "expected ']'", 5, 23),
+    ("k (x) v", "k (x) v $", "unexpected character '$'", 5, 20),
+    ("output o", "output o o", "after the end", 7, 12),
+    ("recurrence r", "recurence r", "expected 'recurrence'", 1, 1),
+)
+
+
+@pytest.mark.parametrize(("old", "new", "words", "line", "column"), SYNTAX)
+def test_syntax_error_has_line_and_column(old, new, words, line, column):
+    with pytest.raises(errors.IRSyntaxError) as raised:
+        lmoe.parse(PROGRAM.replace(old, new))
+    assert words in str(raised.value) or column == 0
+    place = f"line {line}, column {column}" if column else f"line {line}"
+    assert place in raised.value.where
+    assert "^" in raised.value.where
+    assert lmoe.parse(raised.value.try_).ir.transition.kind == "identity"
+
+
+INVALID = (
+    ("k (x) v", "k (x) q", "nothing fills"),
+    ("k (x) v", "v (x) v", "nothing fills"),
+    ("q' S", "(q * v)' S", "one axis"),
+    ("output o", "output prefix[axis=K](o)", "chunk programs only"),
+    ("  state S[K, V]\n", "  state S[K, V]\n  bound g in [0, 1]\n", "bound of 'g'"),
+)
+
+
+@pytest.mark.parametrize(("old", "new", "words"), INVALID)
+def test_invalid_program_is_refused(old, new, words):
+    with pytest.raises(errors.LmoeError) as raised:
+        lmoe.parse(PROGRAM.replace(old, new))
+    assert words in str(raised.value)
