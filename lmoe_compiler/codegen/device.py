@@ -52,14 +52,16 @@ def power(x, exponent):
 
 
 @triton.jit
-def masked_sums(mask, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, D]: sums of the rows of x that `mask` [C, C] picks, on tensor cores; nothing is ever subtracted."""
+def weighted_sums(weight, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, D]: sums of the rows of x with weights 1, 0 and -1 [C, C], on tensor cores."""
     if SPLIT:
-        weight = mask.to(tl.bfloat16)
+        picked = weight.to(tl.bfloat16)
         high = x.to(tl.bfloat16)
         low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(weight, high) + tl.dot(weight, low)
-    return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
+        sums = tl.dot(picked, high) + tl.dot(picked, low)
+    else:
+        sums = tl.dot(weight, x, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -105,40 +107,82 @@ def between(total, C: tl.constexpr):
 
 
 @triton.jit
-def half_mask(level, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
-    """[C, C]: the rows u that row t sums: its half of 2^level rows up to t (upper half) or after t (lower half)."""
+def first_near(g, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
+    """log2 of the largest blocks (of C, 16 or 1 rows) in which all log decays sum to at most LIMIT."""
+    size = tl.abs(g)
+    start = tl.where(tl.max(tl.sum(size, 0), 0) <= LIMIT, LEVELS, 0)
+    if C > 16:
+        blocks = tl.sum(tl.reshape(size, [C // 16, 16, g.shape[1]]), 1)
+        start = tl.where((start == 0) & (tl.max(tl.max(blocks, 1), 0) <= LIMIT), 4, start)
+    return start
+
+
+@triton.jit
+def level_sign(level, start):
+    return tl.where(level < start, -1.0, 1.0)
+
+
+@triton.jit
+def level_weight(level, start, EXCLUSIVE: tl.constexpr, COLS: tl.constexpr, C: tl.constexpr):
+    """[C, C]: how row t sums rows u to reach the middle of its block of two halves of 2^level rows."""
     t = tl.arange(0, C)[:, None]
     u = tl.arange(0, C)[None, :]
     upper = ((t >> level) & 1) == 1
+    same = (t >> level) == (u >> level)
     if EXCLUSIVE:
-        earlier = u < t
+        picked = same & (
+            (upper & (u < t)) | ((upper == 0) & ((u > t) | ((level < start) & (u == t))))
+        )
     else:
-        earlier = u <= t
-    return ((t >> level) == (u >> level)) & ((upper & earlier) | ((upper == 0) & (u > t)))
+        picked = same & ((upper & (u <= t)) | ((upper == 0) & (u > t)))
+    if COLS:
+        negative = upper & (level < start)
+    else:
+        negative = (upper == 0) & (level < start)
+    return tl.where(picked, tl.where(negative, -1.0, 1.0), 0.0)
 
 
 @triton.jit
-def half_sums(
-    g, level, EXCLUSIVE: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+def level_sums(
+    g,
+    level,
+    start,
+    EXCLUSIVE: tl.constexpr,
+    COLS: tl.constexpr,
+    C: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """[C, D]: log decay between each row and the middle of its block of 2 halves of 2^level rows."""
-    return masked_sums(half_mask(level, EXCLUSIVE, C), g, SPLIT, PRECISION)
+    """[C, D]: log decay between each row and the middle of its block."""
+    return weighted_sums(level_weight(level, start, EXCLUSIVE, COLS, C), g, SPLIT, PRECISION)
 
 
 @triton.jit
-def half_gather(
-    x, level, EXCLUSIVE: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+def level_gather(
+    x,
+    level,
+    start,
+    EXCLUSIVE: tl.constexpr,
+    COLS: tl.constexpr,
+    C: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The transpose of half_sums."""
-    return masked_sums(tl.trans(half_mask(level, EXCLUSIVE, C)), x, SPLIT, PRECISION)
+    """The transpose of level_sums."""
+    return weighted_sums(
+        tl.trans(level_weight(level, start, EXCLUSIVE, COLS, C)), x, SPLIT, PRECISION
+    )
 
 
 @triton.jit
-def pairs(x, level, C: tl.constexpr):
-    """x [C, C] where t is in the upper and s in the lower half, of 2^level rows, of one block; else 0."""
-    t = tl.arange(0, C)[:, None] >> level
-    s = tl.arange(0, C)[None, :] >> level
-    return tl.where(((t & 1) == 1) & (t == s + 1), x, 0.0)
+def pairs(x, level, start, C: tl.constexpr):
+    """x [C, C] at the pairs of this level, else 0: s in the lower and t in the upper half of one block of two halves
+    of 2^level rows; in the near level (level < start) every s < t of one block."""
+    t = tl.arange(0, C)[:, None]
+    s = tl.arange(0, C)[None, :]
+    near = ((t >> (level + 1)) == (s >> (level + 1))) & (t > s)
+    halves = (((t >> level) & 1) == 1) & ((t >> level) == (s >> level) + 1)
+    return tl.where(tl.where(level < start, near, halves), x, 0.0)
 
 
 @triton.jit
@@ -160,9 +204,9 @@ def inverse_unit_lower(l, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.c
     With A^-1 and D^-1 on the diagonal, the block below is D^-1 l A^-1: substitution by blocks, never powers of l.
     """
     t = tl.arange(0, C)
-    inverse = tl.where(t[:, None] == t[None, :], 1.0, 0.0) + pairs(l, 0, C)
+    inverse = tl.where(t[:, None] == t[None, :], 1.0, 0.0) + pairs(l, 0, 0, C)
     for level in range(1, LEVELS):
-        below = tl.dot(inverse, pairs(l, level, C), input_precision=PRECISION)
+        below = tl.dot(inverse, pairs(l, level, 0, C), input_precision=PRECISION)
         inverse += tl.dot(below, inverse, input_precision=PRECISION)
     return inverse
 

@@ -99,19 +99,20 @@ def chunk_op(node: Node, operand: Block) -> str:
     if node.op == "inverse":
         return f"inverse_unit_lower({x}, C, LEVELS, INVERSE)"
     if node.op == "pairs":
-        return f"pairs({x}, level, C)"
+        return f"pairs({x}, level, start, C)"
     if node.op == "diagonal":
         return f"on_diagonal({x}, C)"
     if node.op == "diagonal_of":
         return f"diagonal_of({x}, C)"
-    assert node.op in ("half_sums", "half_gather"), node.op
-    return f"{node.op}({x}, level, {bool(node['exclusive'])}, C, SPLIT, PRECISION)"
+    assert node.op in ("level_sums", "level_gather"), node.op
+    side = f"{bool(node['exclusive'])}, {node['of'] == 'col'}"
+    return f"{node.op}({x}, level, start, {side}, C, SPLIT, PRECISION)"
 
 
 CHUNK_OPS = frozenset(
-    "prefix suffix segment between causal inverse pairs diagonal diagonal_of half_sums half_gather".split()
+    "prefix suffix segment between causal inverse pairs diagonal diagonal_of level_sums level_gather".split()
 )
 DEVICE_FUNCTIONS = (
     "log1p softplus logsigmoid tanh sign isfinite power exclusive_prefix exclusive_suffix segment_sums between "
-    "half_sums half_gather pairs on_diagonal diagonal_of inverse_unit_lower find_sequence"
+    "level_sums level_gather level_sign first_near pairs on_diagonal diagonal_of inverse_unit_lower find_sequence"
 ).split()

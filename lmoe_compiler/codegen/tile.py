@@ -9,15 +9,18 @@ Next: partition.py cuts the graph into kernels.
   floor          g         -                 max(g, -104): exp of it is exactly what exp(g) is in fp32, never inf - inf
   between        G         -                 [t, s], G_t - G_s where s < t, else 0; G a running sum of floored log decays
   inverse        l         -                 (I - l)^-1, l strictly lower, by block recursion
-  level_sum      x         -                 sum over the dyadic levels (halves of C/2, ..., 1 rows) of x, which may contain
-  pairs          x         -                   x where t is in the upper and s in the lower half of one block
-  half_sums      g         exclusive           upper rows: sum from the half's start to t; lower rows: sum after t in the half
-  half_gather    x         exclusive           the transpose of half_sums
+  level_sum      x         -                 sum over the levels of x, which may contain
+  pairs          x         -                   x at the pairs s < t of this level, else 0
+  level_sums     g         exclusive, of       log decay from the row (of = row) or to it (col) to its block's middle
+  level_gather   x         exclusive, of       the transpose of level_sums
+  level_sign     -         -                   -1 in the near level, else 1: level_sums of cols over that of rows
   diagonal       x [t]     -                 [t, s], x on the diagonal
   diagonal_of    x [t, s]  -                 [t]
 
 A decayed product references each pair (t, s) to the middle of the dyadic block that separates them
-(DESIGN.md section 3): one masked C x C product per level, every exponent a local sum of log decays.
+(DESIGN.md section 3): one masked C x C product per level, every exponent a local sum of log decays. Blocks whose
+decays sum to little need no halving: one `near` level covers all pairs in them, with rows and columns scaled from
+the block's middle in both directions. How large such blocks are is seen at run time, so weak gates cost one level.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 
+from lmoe_compiler.codegen.simplify import merge_running, segment_gradient, values_first
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node, topological
 from lmoe_compiler.lower.program import VALID
 
@@ -33,7 +37,7 @@ LOG_ZERO = -104.0
 GATE_OPERAND = {"segment": 0, "decayed": 2, "decayed_rows": 2, "decayed_cols": 2, "decayed_gate": 3}
 
 
-LEVEL_OPS = frozenset({"pairs", "half_sums", "half_gather"})
+LEVEL_OPS = frozenset({"pairs", "level_sign", "level_sums", "level_gather"})
 
 
 def inside_levels(nodes: Iterable[Node]) -> set[Node]:
@@ -45,15 +49,21 @@ def inside_levels(nodes: Iterable[Node]) -> set[Node]:
     return inside
 
 
+COMMUTATIVE = frozenset({"dot", "mul", "add"})
+
+
 class Builder:
     """Hash-consing constructor: structurally equal nodes become one object."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
         self.values = frozenset(values)
         self._nodes: dict[tuple[object, ...], Node] = {}
+        self._born: dict[int, int] = {}
 
     def make(self, op: str, *args: Node, like: Node | None = None, **attrs: Attr) -> Node:
         items = tuple(sorted(attrs.items()))
+        if op in COMMUTATIVE:
+            args = tuple(sorted(args, key=lambda a: self._born.setdefault(id(a), len(self._born))))
         key = (op, items, tuple(id(a) for a in args))
         if key not in self._nodes:
             self._nodes[key] = Node(op, args, items, like.loc if like else None)
@@ -80,14 +90,29 @@ def to_tiles(
     done: dict[Node, Node] = {}
     for node in topological(roots):
         args = [done[a] for a in node.args]
-        if not exact and node.op in RUNNING:
-            new = RUNNING[node.op](build, node, args[0])
-        else:
-            new = _rewrite(build, node, args, sizes)
+        new = (None if exact else _shorter(build, node, args)) or _rewrite(build, node, args, sizes)
+        if not exact:
+            new = _running_sums(build, new)
         if node in logs:
             new = build.make("floor", new, like=node)
         done[node] = new
-    return [done[root] for root in roots]
+    results = [_stored(done[root]) for root in roots]
+    return (
+        results if exact else [merge_running(build, x) if x.axes == (ROW,) else x for x in results]
+    )
+
+
+def _shorter(build: Builder, node: Node, args: list[Node]) -> Node | None:
+    if node.op not in ("sum", "dot"):
+        return None
+    return values_first(build, node, args, build.values)
+
+
+def _stored(node: Node) -> Node:
+    """A root without its mask of rows past the end: stores have it."""
+    if node.op == "where" and _is_valid(node.args[0]) and _is_zero(node.args[2]):
+        return node.args[1]
+    return node
 
 
 def _log_decays(roots: Iterable[Node]) -> set[Node]:
@@ -111,32 +136,25 @@ def _rewrite(build: Builder, node: Node, args: list[Node], sizes: Mapping[str, i
     return build.make(node.op, *args, like=node, **dict(node.attrs))
 
 
-def _running(build: Builder, x: Node) -> Node:
-    return build.make("prefix", x, inclusive=True)
-
-
-def _prefix(build: Builder, node: Node, x: Node) -> Node:
-    total = _running(build, x)
-    return total if node["inclusive"] else build.make("sub", total, x, like=node)
-
-
-def _suffix(build: Builder, node: Node, x: Node) -> Node:
-    after = build.make("sub", build.make("sum", x, axis=ROW), _running(build, x), like=node)
-    return build.make("add", after, x) if node["inclusive"] else after
-
-
-def _segment(build: Builder, node: Node, x: Node) -> Node:
-    between = build.make("between", _running(build, x), like=node)
+def _running_sums(build: Builder, node: Node) -> Node:
+    """Every sum over rows as a difference of one running sum."""
+    if node.op == "sum":
+        node = segment_gradient(build, node, list(node.args)) or node
+    if node.op not in ("prefix", "suffix", "segment"):
+        return node
+    (x,) = node.args
+    if node.op != "segment" and SOURCE in x.axes:
+        return node
+    total = build.make("prefix", x, inclusive=True)
+    if node.op == "prefix":
+        return total if node["inclusive"] else build.make("sub", total, x, like=node)
+    if node.op == "suffix":
+        after = build.make("sub", build.make("sum", x, axis=ROW), total, like=node)
+        return build.make("add", after, x) if node["inclusive"] else after
+    between = build.make("between", total, like=node)
     if not node["exclusive"]:
         return between
     return build.make("causal", build.make("sub", between, x), strict=True)
-
-
-RUNNING: dict[str, Callable[[Builder, Node, Node], Node]] = {
-    "prefix": _prefix,
-    "suffix": _suffix,
-    "segment": _segment,
-}
 
 
 def _is_valid(node: Node) -> bool:
@@ -238,32 +256,46 @@ def _as_source(build: Builder, x: Node) -> Node:
 
 
 class Levels:
-    """One dyadic level of a decayed product family, symbolically: `level_sum` runs over all of them.
+    """One level of a decayed product family, symbolically: `level_sum` runs over all of them.
 
-    Products that share gates share the factor exp(half_sums), and the printer puts all sums into one loop.
+    Products that share gates share the factors, and the printer puts all sums into one loop. `row` scales what reads,
+    `col` what is read; where the read sees the row's own decay they differ in a sign only.
     """
 
     def __init__(self, build: Builder, node: Node, gate: Node) -> None:
         self.build, self.node = build, node
         self.exclusive = bool(node["exclusive"])
-        self.factor = build.make("exp", build.make("half_sums", gate, exclusive=self.exclusive))
-
-    def scaled(self, x: Node) -> Node:
-        return self.build.make("mul", x, self.factor)
+        sums = build.make("level_sums", gate, exclusive=self.exclusive, of="row")
+        self.row = build.make("exp", sums)
+        self.sign = build.make("level_sign")
+        other = build.make("mul", self.sign, sums)
+        if self.exclusive:
+            other = build.make("level_sums", gate, exclusive=False, of="col")
+        self.col = build.make("exp", other)
 
     def rows(self, w: Node, x: Node) -> Node:
         """[t, axis]: one level of sum_s w[t, s] x_s exp(...)."""
         b = self.build
-        product = b.make(
-            "dot", b.make("pairs", w), _as_source(b, self.scaled(x)), like=self.node, axis=SOURCE
-        )
-        return b.make("mul", product, self.factor)
+        source = _as_source(b, b.make("mul", x, self.col))
+        product = b.make("dot", b.make("pairs", w), source, like=self.node, axis=SOURCE)
+        return b.make("mul", product, self.row)
 
     def cols(self, w: Node, r: Node) -> Node:
         """[t := s, axis]: one level of sum_t w[t, s] r_t exp(...)."""
         b = self.build
-        product = b.make("dot", b.make("pairs", w), self.scaled(r), like=self.node, axis=ROW)
-        return b.make("mul", b.make("rename", product, old=SOURCE, new=ROW), self.factor)
+        product = b.make(
+            "dot", b.make("pairs", w), b.make("mul", r, self.row), like=self.node, axis=ROW
+        )
+        return b.make("mul", b.make("rename", product, old=SOURCE, new=ROW), self.col)
+
+    def gate(self, of_rows: Node, of_cols: Node) -> Node:
+        """[t, axis]: one level of the gradient to the gates, from r * rows and x * cols."""
+        b = self.build
+        if self.exclusive:
+            first = b.make("level_gather", of_rows, exclusive=True, of="row")
+            return b.make("add", first, b.make("level_gather", of_cols, exclusive=False, of="col"))
+        both = b.make("add", of_rows, b.make("mul", self.sign, of_cols))
+        return b.make("level_gather", both, exclusive=False, of="row")
 
 
 def _row(build: Builder, x: Node) -> Node:
@@ -273,9 +305,8 @@ def _row(build: Builder, x: Node) -> Node:
 def _decayed(build: Builder, node: Node, args: list[Node]) -> Node:
     r, x, gate = _row(build, args[0]), _row(build, args[1]), args[2]
     levels, axis = Levels(build, node, gate), str(node["axis"])
-    product = build.make(
-        "dot", levels.scaled(r), _as_source(build, levels.scaled(x)), like=node, axis=axis
-    )
+    left, right = build.make("mul", r, levels.row), build.make("mul", x, levels.col)
+    product = build.make("dot", left, _as_source(build, right), like=node, axis=axis)
     total = build.make("level_sum", build.make("pairs", product), like=node)
     if node["strict"]:
         return total
@@ -304,12 +335,9 @@ def _with_own(build: Builder, node: Node, total: Node, w: Node, x: Node) -> Node
 def _decayed_gate(build: Builder, node: Node, args: list[Node]) -> Node:
     w, r, x, gate = args[0], _row(build, args[1]), _row(build, args[2]), args[3]
     levels = Levels(build, node, gate)
-    both = build.make(
-        "add", build.make("mul", r, levels.rows(w, x)), build.make("mul", x, levels.cols(w, r))
-    )
-    return build.make(
-        "level_sum", build.make("half_gather", both, exclusive=levels.exclusive), like=node
-    )
+    of_rows = build.make("mul", r, levels.rows(w, x))
+    of_cols = build.make("mul", x, levels.cols(w, r))
+    return build.make("level_sum", levels.gate(of_rows, of_cols), like=node)
 
 
 EXPAND: dict[str, Callable[[Builder, Node, list[Node]], Node]] = {

@@ -17,7 +17,7 @@ from lmoe_compiler.ir.nodes import Node
 Split = Literal["whole", "tile", "part"]
 
 LINEAR = frozenset(
-    "neg rename sum prefix suffix causal pairs level_sum half_gather diagonal diagonal_of between add sub".split()
+    "neg rename sum prefix suffix causal pairs level_sum level_gather diagonal diagonal_of between add sub".split()
 )
 
 
@@ -54,4 +54,7 @@ def _split(node: Node, axis: str, args: list[Split]) -> Split | None:
         return "part" if sorted(args) == ["part", "whole"] else None
     if node.op == "div":
         return "part" if args == ["part", "whole"] else None
+    if node.op == "where":
+        zero = node.args[2].op == "const" and node.args[2]["value"] == 0.0
+        return "part" if args[0] == "whole" and args[1] == "part" and zero else None
     return "part" if node.op in LINEAR else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 from lmoe_compiler.codegen.partition import closure
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
@@ -249,7 +250,12 @@ class KernelPrinter:
             dims = self.dims_of(node)
             totals.append(self.assign("sum", f"tl.zeros({self.shape(dims)}, tl.float32)", dims))
         self.constants["LEVELS"] = self.plan.chunk.bit_length() - 1
-        self.write("for level in range(0, LEVELS):")
+        gates = {
+            n.args[0] for n in closure([n.args[0] for n in sums], self.cut) if n.op == "level_sums"
+        }
+        starts = [f"first_near({self.fp32(self.value(g)).text}, C, LEVELS, NEAR)" for g in gates]
+        self.write(f"start = {reduce(lambda x, y: f'tl.minimum({x}, {y})', starts)}")
+        self.write("for level in range(tl.maximum(start - 1, 0), LEVELS):")
         self.depth += 1
         self.in_loop, outside, casts = True, dict(self.blocks), dict(self.casts)
         for node, total in zip(sums, totals, strict=True):
@@ -277,6 +283,8 @@ class KernelPrinter:
             return self.dot(str(node["axis"]), *operands)
         if node.op in ("sum", "max"):
             return self.reduce(node, operands[0])
+        if node.op == "level_sign":
+            return self.assign("sign", "level_sign(level, start)", ())
         if node.op == "delta":
             a, b = node.axes
             dims = tuple(sorted(node.axes, key=self.order))
@@ -423,6 +431,7 @@ class KernelPrinter:
             "PRECISION": "PRECISION",
             "INVERSE": "INVERSE",
             "SPLIT": "SPLIT",
+            "NEAR": "NEAR",
         }
 
     def print_indices(self) -> None:
@@ -479,7 +488,11 @@ class KernelPrinter:
         self.write("m_t = i_c * C + o_t < T")
 
     def print_parallel(self) -> list[str]:
+        """All loads first: without a loop nothing else brings them in flight together."""
         self.print_rows()
+        for node in self.nodes:
+            if node in self.cut or (node.op == "input" and node.name != VALID):
+                self.emit(node)
         for store in self.kernel.stores:
             self.store(store.node, store.value)
         return self.lines

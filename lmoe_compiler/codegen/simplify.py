@@ -1,0 +1,92 @@
+"""Algebra on tile graphs that saves products and running sums; every rule keeps the value, up to rounding.
+
+Used by tile.py while it rewrites; each rule returns None where it does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node
+
+Make = Callable[..., Node]
+
+
+class Maker(Protocol):
+    def make(self, op: str, *args: Node, like: Node | None = None, **attrs: Attr) -> Node: ...
+
+    def const(self, value: float) -> Node: ...
+
+
+def values_first(
+    build: Maker, node: Node, args: list[Node], values: Collection[str]
+) -> Node | None:
+    """sum_V (sum_K k S) v = sum_K k (sum_V S v): the inner product with the values is one that gradients need anyway."""
+    axis = str(node["axis"])
+    if axis not in values or node.op not in ("sum", "dot"):
+        return None
+    factors = args if node.op == "dot" else list(args[0].args) if args[0].op == "mul" else []
+    if len(factors) != 2:
+        return None
+    for inner, other in (factors, factors[::-1]):
+        if inner.op != "dot" or inner["axis"] in (ROW, SOURCE, axis) or other.axes != (ROW, axis):
+            continue
+        for state, rows in (inner.args, inner.args[::-1]):
+            if ROW not in state.axes and axis in state.axes and rows.axes == (ROW, inner["axis"]):
+                product = build.make("dot", other, state, like=node, axis=axis)
+                return build.make("sum", build.make("mul", product, rows), axis=str(inner["axis"]))
+    return None
+
+
+def segment_gradient(build: Maker, node: Node, args: list[Node]) -> Node | None:
+    """sum_s of w[t', s] over s < t <= t' as one running sum of w's row sums less its column sums."""
+    (x,) = args
+    if node.op != "sum" or node["axis"] != SOURCE or x.op != "causal" or not x["strict"]:
+        return None
+    (tails,) = x.args
+    if tails.op != "suffix" or not tails["inclusive"] or set(tails.args[0].axes) != {ROW, SOURCE}:
+        return None
+    w = build.make("causal", tails.args[0], strict=True)
+    columns = build.make("rename", build.make("sum", w, axis=ROW), old=SOURCE, new=ROW)
+    rows = build.make("sum", w, axis=SOURCE)
+    return build.make("suffix", build.make("sub", rows, columns), inclusive=True, like=node)
+
+
+def merge_running(build: Maker, root: Node) -> Node:
+    """A sum of running sums over rows as one running sum."""
+    terms = _terms(root, 1)
+    running = [(sign, x) for sign, x in terms if x.op == "prefix" and x["inclusive"]]
+    totals = [(sign, x) for sign, x in terms if x.op == "sum" and x["axis"] == ROW and x.axes == ()]
+    if len(running) < 2:
+        return root
+    rest = [(sign, x) for sign, x in terms if (sign, x) not in running and (sign, x) not in totals]
+    merged = build.make(
+        "prefix", _signed(build, [(s, x.args[0]) for s, x in running]), inclusive=True
+    )
+    parts = [(1, merged), *rest]
+    if totals:
+        parts.append(
+            (1, build.make("sum", _signed(build, [(s, x.args[0]) for s, x in totals]), axis=ROW))
+        )
+    return _signed(build, parts)
+
+
+def _terms(node: Node, sign: int) -> list[tuple[int, Node]]:
+    if node.op == "add":
+        return _terms(node.args[0], sign) + _terms(node.args[1], sign)
+    if node.op == "sub":
+        return _terms(node.args[0], sign) + _terms(node.args[1], -sign)
+    if node.op == "neg":
+        return _terms(node.args[0], -sign)
+    return [(sign, node)]
+
+
+def _signed(build: Maker, terms: list[tuple[int, Node]]) -> Node:
+    terms = sorted(terms, key=lambda term: -term[0])
+    sign, total = terms[0]
+    if sign < 0:
+        total = build.make("neg", total)
+    for sign, x in terms[1:]:
+        total = build.make("add" if sign > 0 else "sub", total, x)
+    return total
