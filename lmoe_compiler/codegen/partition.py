@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from lmoe_compiler.codegen.plan import (
     Carry,
@@ -54,9 +55,14 @@ class Call:
         return self.dtype == "fp32"
 
 
-def closure(roots: Iterable[Node], cut: Mapping[Node, Value] | None = None) -> list[Node]:
+class Cut(Protocol):
+    """Where a walk down the graph stops."""
+
+    def __contains__(self, node: Any, /) -> bool: ...
+
+
+def closure(roots: Iterable[Node], cut: Cut = ()) -> list[Node]:
     """Nodes needed for `roots`, operands first, not looking below values that can be loaded."""
-    cut = cut or {}
     order: list[Node] = []
     seen: set[int] = set()
     stack = [(root, False) for root in reversed(list(roots))]
@@ -110,7 +116,10 @@ class Partition:
             else s
             for s in stores
         ]
-        kernel = Kernel(name, order, tuple(carries), loads, tuple(stores), tiles, tuning)
+        inner = self.inner(nodes, cut, stores, tuning.inner) if order == "parallel" and not tiles else ()
+        kernel = Kernel(
+            name, order, tuple(carries), loads, tuple(stores), tiles, tuning, inner=inner
+        )
         self.kernels.append(kernel)
         self.stored.update({s.node: s.value for s in stores})
 
@@ -145,6 +154,20 @@ class Partition:
                 tiles.append((axis, block))
                 parts |= {s.node: -(-sizes[axis] // block) for s in sums}
         return tuple(tiles), parts
+
+    def inner(
+        self, nodes: Sequence[Node], cut: Mapping[Node, Value], stores: Sequence[Store], block: int
+    ) -> tuple[tuple[str, int], ...]:
+        """The axis that programs walk in tiles: keys first, for products over them are what fills registers."""
+        sizes = dict(self.call.sizes)
+        levels = inside_levels(nodes)
+        for axis in dict.fromkeys(a for var in self.program.states for a in var.axes):
+            found = split(nodes, axis, cut, looped=True)
+            if not block or padded(sizes[axis]) <= block or found is None:
+                continue
+            if "part" in found.values() and not any(found[n] == "late" for n in levels):
+                return ((axis, block),)
+        return ()
 
     def prepare(self, nodes: Sequence[Node], carried: frozenset[str]) -> None:
         """Stores factors of products that depend on nothing carried: [C, C] blocks and, if chosen, scaled rows."""

@@ -19,12 +19,14 @@ class Tuning:
     """How one kernel is tiled and launched.
 
     block, block_second   tile of the first and second axis that may be tiled (0: whole), values first
+    inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
     """
 
     block: int = 64
     block_second: int = 0
     num_warps: int = 4
     num_stages: int = 2
+    inner: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Store:
 class Kernel:
     """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk.
 
-    tiles       tiled axis -> tile size; every other axis is whole in a program
+    tiles       axis tiled over programs -> tile size
+    inner       axis that each program walks in tiles -> tile size; every other axis is whole in a program
     """
 
     name: str
@@ -109,10 +112,16 @@ class Kernel:
     tiles: tuple[tuple[str, int], ...]
     tuning: Tuning
     segments: int = 1
+    inner: tuple[tuple[str, int], ...] = ()
 
     @property
     def tile_sizes(self) -> dict[str, int]:
         return dict(self.tiles)
+
+    @property
+    def block_sizes(self) -> dict[str, int]:
+        """Every axis that is not whole in a block."""
+        return dict(self.tiles + self.inner)
 
 
 @dataclass(frozen=True)

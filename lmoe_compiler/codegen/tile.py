@@ -49,6 +49,7 @@ def inside_levels(nodes: Iterable[Node]) -> set[Node]:
     return inside
 
 
+AXES = {"diagonal": (ROW, SOURCE), "between": (ROW, SOURCE), "diagonal_of": (ROW,)}
 COMMUTATIVE = frozenset({"dot", "mul", "add"})
 
 
@@ -66,7 +67,10 @@ class Builder:
             args = tuple(sorted(args, key=lambda a: self._born.setdefault(id(a), len(self._born))))
         key = (op, items, tuple(id(a) for a in args))
         if key not in self._nodes:
-            self._nodes[key] = Node(op, args, items, like.loc if like else None)
+            node = Node(op, args, items, like.loc if like else None)
+            if op in AXES:
+                object.__setattr__(node, "axes", AXES[op])
+            self._nodes[key] = node
         return self._nodes[key]
 
     def const(self, value: float) -> Node:

@@ -4,7 +4,9 @@ With an axis cut into tiles, a node is
   whole     it has neither the axis nor a contraction over it: the same in every program
   tile      it has the axis: each program holds its part
   part      contracted over the axis: programs hold terms of a sum; only linear operations may follow
-A store of a part goes to a buffer with one slice per program, summed afterwards in a fixed order.
+A store of a part goes to a buffer with one slice per program, summed afterwards in a fixed order. Where one program
+loops over the tiles itself, it adds the parts up, and what needs the sum is
+  late      computed after the loop
 """
 
 from __future__ import annotations
@@ -14,15 +16,20 @@ from typing import Literal
 
 from lmoe_compiler.ir.nodes import Node
 
-Split = Literal["whole", "tile", "part"]
+Split = Literal["whole", "tile", "part", "late"]
 
 LINEAR = frozenset(
     "neg rename sum prefix suffix causal pairs level_sum level_gather diagonal diagonal_of between add sub".split()
 )
 
 
-def split(nodes: Sequence[Node], axis: str, loaded: Iterable[Node]) -> dict[Node, Split] | None:
-    """How each of `nodes` (operands first) is split when `axis` is tiled; None where the kernel cannot be."""
+def split(
+    nodes: Sequence[Node], axis: str, loaded: Iterable[Node], looped: bool = False
+) -> dict[Node, Split] | None:
+    """How each of `nodes` (operands first) is split when `axis` is tiled; None where the kernel cannot be.
+
+    `looped`: one program walks all tiles, so that there may be late nodes.
+    """
     loaded = set(loaded)
     found: dict[Node, Split] = {}
     for node in nodes:
@@ -32,7 +39,10 @@ def split(nodes: Sequence[Node], axis: str, loaded: Iterable[Node]) -> dict[Node
         elif node in loaded or not node.args:
             own = "whole"
         else:
-            own = _split(node, axis, [found[a] for a in node.args])
+            args = [found[a] for a in node.args]
+            own = None if "late" in args else _split(node, axis, args)
+            if own is None and looped and axis not in node.axes and not _uses(node, axis):
+                own = "late" if "tile" not in args else None
         if own is None:
             return None
         found[node] = own
@@ -58,3 +68,7 @@ def _split(node: Node, axis: str, args: list[Split]) -> Split | None:
         zero = node.args[2].op == "const" and node.args[2]["value"] == 0.0
         return "part" if args[0] == "whole" and args[1] == "part" and zero else None
     return "part" if node.op in LINEAR else None
+
+
+def _uses(node: Node, axis: str) -> bool:
+    return any(name in ("axis", "old", "new") and value == axis for name, value in node.attrs)

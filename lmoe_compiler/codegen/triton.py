@@ -7,11 +7,12 @@ In: plan.py's kernels. Out: text that load.py writes to a file and imports.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 from lmoe_compiler.codegen.partition import closure
-from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
+from lmoe_compiler.codegen.plan import Kernel, Plan, Store, Value, padded
 from lmoe_compiler.codegen.statements import (
     CHUNK_OPS,
     COMPARISONS,
@@ -33,6 +34,17 @@ INDENT = "    "
 def identifier(name: str) -> str:
     """A Python name for an IR name: `d.o` -> `do`, `K'` -> `K_1`."""
     return re.sub(r"\W", "_", name.replace("d.", "d").replace("'", "_1"))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Nodes below which nothing needs to be written: they are loaded, or written already."""
+
+    loaded: Mapping[Node, Value]
+    blocks: Mapping[int, Block]
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self.loaded or id(node) in self.blocks
 
 
 class KernelPrinter:
@@ -63,9 +75,9 @@ class KernelPrinter:
             [*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)], self.cut
         )
         self.levels = inside_levels(self.nodes)
-        self.splits = [
-            (axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes
-        ]
+        self.known = _Known(self.cut, self.blocks)
+        self.splits = [(axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes]
+        self.splits += [(axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner]
         self.in_loop = False
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1
@@ -105,7 +117,7 @@ class KernelPrinter:
 
     def masked(self, dim: str) -> bool:
         axis = self.axis(dim)
-        block = self.kernel.tile_sizes.get(axis, padded(self.sizes[axis]))
+        block = self.kernel.block_sizes.get(axis, padded(self.sizes[axis]))
         return self.sizes[axis] % block != 0
 
     def width(self, axes: Sequence[str]) -> str:
@@ -214,7 +226,7 @@ class KernelPrinter:
         return self.blocks[id(node)]
 
     def emit(self, root: Node) -> Block:
-        for node in closure([root], self.cut):
+        for node in closure([root], self.known):
             if id(node) not in self.blocks and not self.in_level(node):
                 if node.op == "level_sum" and id(node) not in self.loads:
                     self.level_loop(node)
@@ -236,6 +248,7 @@ class KernelPrinter:
             for n in self.nodes
             if n.op == "level_sum" and id(n) not in self.blocks and id(n) not in self.loads
         ]
+        sums = [n for n in sums if self.inner_split(n) == self.inner_split(first)]
         below = {id(n): {id(x) for x in closure(n.args, self.cut)} for n in sums}
         sums = [
             n
@@ -261,7 +274,9 @@ class KernelPrinter:
         for node, total in zip(sums, totals, strict=True):
             block = self.emit(node.args[0])
             self.write(f"{total.text} += {self.broadcast(block, total.dims)}")
-        self.blocks, self.casts, self.in_loop = outside, casts, False
+        self.blocks.clear()
+        self.blocks.update(outside)
+        self.casts, self.in_loop = casts, False
         self.depth -= 1
         for node, total in zip(sums, totals, strict=True):
             self.blocks[id(node)] = total
@@ -423,7 +438,7 @@ class KernelPrinter:
         names: dict[str, int | str] = {"H": self.plan.heads, **self.constants, "C": self.plan.chunk}
         for axis in self.axes_used:
             names[identifier(axis)] = self.sizes[axis]
-            names["B" + identifier(axis)] = self.kernel.tile_sizes.get(
+            names["B" + identifier(axis)] = self.kernel.block_sizes.get(
                 axis, padded(self.sizes[axis])
             )
         return names | {
@@ -458,11 +473,12 @@ class KernelPrinter:
             self.write("bos = i_n.to(tl.int64) * T")
         self.write("o_t = tl.arange(0, C)")
         for axis in self.axes_used:
-            self.print_axis(axis)
+            if axis not in dict(self.kernel.inner):
+                self.print_axis(axis)
 
     def print_axis(self, axis: str) -> None:
         a = identifier(axis)
-        start = f"i_{a} * B{a} + " if axis in self.kernel.tile_sizes else ""
+        start = f"i_{a} * B{a} + " if axis in self.kernel.block_sizes else ""
         primes = {d for d in self.primed if self.axis(d) == axis} | {axis}
         for dim in sorted(primes):
             d = identifier(dim)
@@ -491,11 +507,55 @@ class KernelPrinter:
         """All loads first: without a loop nothing else brings them in flight together."""
         self.print_rows()
         for node in self.nodes:
-            if node in self.cut or (node.op == "input" and node.name != VALID):
+            if self.is_load(node) and self.inner_split(node) == "whole":
                 self.emit(node)
-        for store in self.kernel.stores:
+        stores = list(self.kernel.stores)
+        if self.kernel.inner:
+            stores = self.print_tiles(stores)
+        for store in stores:
             self.store(store.node, store.value)
         return self.lines
+
+    def is_load(self, node: Node) -> bool:
+        return node in self.cut or (node.op == "input" and node.name != VALID)
+
+    def inner_split(self, node: Node) -> str:
+        return self.splits[-1][1][node] if self.kernel.inner else "whole"
+
+    def print_tiles(self, stores: Sequence[Store]) -> list[Store]:
+        """The loop over the inner axis: stores of tiles inside it, sums of parts kept; the stores that remain."""
+        kind = self.inner_split
+        users = [n for n in self.nodes if kind(n) in ("tile", "part")]
+        for node in self.nodes:
+            if kind(node) == "whole" and any(node in u.args for u in users if u not in self.cut):
+                if not self.in_level(node):
+                    self.emit(node)
+        needed = {a for n in self.nodes if kind(n) == "late" and n not in self.cut for a in n.args}
+        needed |= {s.node for s in stores}
+        totals: dict[Node, Block] = {}
+        for node in self.nodes:
+            if kind(node) == "part" and node in needed:
+                dims = self.dims_of(node)
+                totals[node] = self.assign("sum", f"tl.zeros({self.shape(dims)}, tl.float32)", dims)
+        outside, casts = dict(self.blocks), dict(self.casts)
+        ((axis, _),) = self.kernel.inner
+        a = identifier(axis)
+        self.write(f"for i_{a} in range(0, tl.cdiv({a}, B{a})):")
+        self.depth += 1
+        self.print_axis(axis)
+        for node in self.nodes:
+            if self.is_load(node) and kind(node) == "tile":
+                self.emit(node)
+        for node, total in totals.items():
+            self.write(f"{total.text} += {self.broadcast(self.emit(node), total.dims)}")
+        for store in stores:
+            if kind(store.node) == "tile":
+                self.store(store.node, store.value)
+        self.depth -= 1
+        self.blocks.clear()
+        self.blocks.update(outside | {id(n): t for n, t in totals.items()})
+        self.casts = casts
+        return [s for s in stores if kind(s.node) != "tile"]
 
     def print_scan(self) -> list[str]:
         names = [f"b_{identifier(_leaf_name(c.leaf))}" for c in self.kernel.carries]
