@@ -29,6 +29,7 @@ from lmoe_compiler.codegen.plan import (
     Value,
     padded,
 )
+from lmoe_compiler.codegen.segments import segment_carries
 from lmoe_compiler.codegen.tile import inside_levels, to_tiles
 from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Var
@@ -100,7 +101,13 @@ class Partition:
     stored: dict[Node, Value] = field(default_factory=dict)
 
     def add(
-        self, name: str, order: Order, carries: Sequence[Carry], stores: Sequence[Store]
+        self,
+        name: str,
+        order: Order,
+        carries: Sequence[Carry],
+        stores: Sequence[Store],
+        segments: int = 1,
+        skip_last: bool = False,
     ) -> None:
         """A kernel that computes `stores` and the carries' next values; its loads follow from what is stored."""
         leaves = {c.leaf for c in carries}
@@ -116,9 +123,22 @@ class Partition:
             else s
             for s in stores
         ]
-        inner = self.inner(nodes, cut, stores, tuning.inner) if order == "parallel" and not tiles else ()
+        inner = (
+            self.inner(nodes, cut, stores, tuning.inner)
+            if order == "parallel" and not tiles
+            else ()
+        )
         kernel = Kernel(
-            name, order, tuple(carries), loads, tuple(stores), tiles, tuning, inner=inner
+            name,
+            order,
+            tuple(carries),
+            loads,
+            tuple(stores),
+            tiles,
+            tuning,
+            segments,
+            inner,
+            skip_last,
         )
         self.kernels.append(kernel)
         self.stored.update({s.node: s.value for s in stores})
@@ -247,8 +267,13 @@ def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
         )
         for var, after in zip(program.states, following, strict=True)
     ]
+    parts = segment_carries(carries) if choice.segments > 1 else None
+    if parts is not None:
+        first, carries = parts
+        part.add("segments", "forward", first, (), choice.segments, skip_last=True)
     axes = tuple(a for a in chunk.output.axes if a != ROW)
-    part.add("scan", "forward", carries, [Store(output, Value(OUTPUT, axes, "row", "given"))])
+    stores = [Store(output, Value(OUTPUT, axes, "row", "given"))]
+    part.add("scan", "forward", carries, stores, choice.segments if parts else 1)
     return part.plan("forward")
 
 

@@ -75,13 +75,19 @@ class Value:
 
 @dataclass(frozen=True)
 class Carry:
-    """A value carried from chunk to chunk: `leaf` inside the body, `following` after it."""
+    """A value carried from chunk to chunk: `leaf` inside the body, `following` after it.
+
+    It starts as `start`, or `fill` everywhere. In a segmented scan the start of segment i is then carried through
+    the segments before it: x <- factor_j x + sum_j, the values in `through`.
+    """
 
     leaf: Node
     following: Node
     axes: tuple[str, ...]
     start: Value | None
     end: Value | None
+    fill: float = 0.0
+    through: tuple[Value, Value] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class Store:
 class Kernel:
     """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk.
 
+    segments    programs that share one sequence, each scanning its part of the chunks
+    skip_last   the last segment's result is not needed
     tiles       axis tiled over programs -> tile size
     inner       axis that each program walks in tiles -> tile size; every other axis is whole in a program
     """
@@ -113,6 +121,7 @@ class Kernel:
     tuning: Tuning
     segments: int = 1
     inner: tuple[tuple[str, int], ...] = ()
+    skip_last: bool = False
 
     @property
     def tile_sizes(self) -> dict[str, int]:

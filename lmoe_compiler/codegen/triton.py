@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from lmoe_compiler.codegen.partition import closure
-from lmoe_compiler.codegen.plan import Kernel, Plan, Store, Value, padded
+from lmoe_compiler.codegen.plan import Carry, Kernel, Plan, Store, Value, padded
 from lmoe_compiler.codegen.statements import (
     CHUNK_OPS,
     COMPARISONS,
@@ -76,8 +76,12 @@ class KernelPrinter:
         )
         self.levels = inside_levels(self.nodes)
         self.known = _Known(self.cut, self.blocks)
-        self.splits = [(axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes]
-        self.splits += [(axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner]
+        self.splits = [
+            (axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes
+        ]
+        self.splits += [
+            (axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner
+        ]
         self.in_loop = False
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1
@@ -458,8 +462,7 @@ class KernelPrinter:
             self.write(f"i_p = i_p // tl.cdiv({a}, B{a})")
         self.write("i_h = i_p % H")
         if kernel.order != "parallel":
-            self.write("i_n = i_p // H")
-            self.print_sequence()
+            self.print_segment()
         elif varlen:
             self.write("i_slot = (i_p // H).to(tl.int64)")
             self.write("i_n = find_sequence(cu_seqlens, N, i_slot, C)")
@@ -475,6 +478,21 @@ class KernelPrinter:
         for axis in self.axes_used:
             if axis not in dict(self.kernel.inner):
                 self.print_axis(axis)
+
+    def print_segment(self) -> None:
+        """The sequence of this program and its chunks i_first .. i_last."""
+        if self.kernel.segments == 1:
+            self.write("i_n = i_p // H")
+            self.print_sequence()
+            return
+        self.constants["SEGMENTS"] = self.kernel.segments
+        self.write("i_s = i_p // H % SEGMENTS")
+        self.write("i_n = i_p // H // SEGMENTS")
+        self.print_sequence()
+        self.write("i_first = i_s * tl.cdiv(n_c, SEGMENTS)")
+        self.write("i_last = tl.minimum(i_first + tl.cdiv(n_c, SEGMENTS), n_c)")
+        if self.kernel.skip_last:
+            self.write("i_last = tl.where(i_s == SEGMENTS - 1, i_first, i_last)")
 
     def print_axis(self, axis: str) -> None:
         a = identifier(axis)
@@ -562,7 +580,8 @@ class KernelPrinter:
         for carry, name in zip(self.kernel.carries, names, strict=True):
             self.print_start(carry, name)
         reverse = self.kernel.order == "reverse"
-        self.write("for i_r in range(0, n_c):" if reverse else "for i_c in range(0, n_c):")
+        chunks = "range(0, n_c)" if self.kernel.segments == 1 else "range(i_first, i_last)"
+        self.write(f"for i_r in {chunks}:" if reverse else f"for i_c in {chunks}:")
         self.depth += 1
         if reverse:
             self.write("i_c = n_c - 1 - i_r")
@@ -594,14 +613,13 @@ class KernelPrinter:
             return block.text
         return f"{spread(block.text, block.dims, dims)} + tl.zeros({self.shape(dims)}, tl.float32)"
 
-    def print_start(self, carry, name: str) -> None:  # type: ignore[no-untyped-def]
+    def print_start(self, carry: Carry, name: str) -> None:
         dims = tuple(sorted(carry.axes, key=self.order))
         for d in dims:
             self.axes_used[self.axis(d)] = None
         if carry.start is None:
-            self.write(
-                f"{name} = tl.zeros({self.shape(dims)}, tl.float32)" if dims else f"{name} = 0.0"
-            )
+            full = f"tl.full({self.shape(dims)}, {carry.fill}, tl.float32)"
+            self.write(f"{name} = {full}" if dims else f"{name} = {carry.fill}")
         else:
             argument = identifier(carry.start.name)
             self.args[argument] = carry.start
@@ -609,7 +627,24 @@ class KernelPrinter:
             self.write(
                 f"{name} = {self.load_text(pointers, mask)}.to(tl.float32)  # {self.shape(dims)}"
             )
+        if carry.through is not None:
+            self.print_through(carry, name, dims)
         self.blocks[id(carry.leaf)] = Block(name, dims)
+
+    def print_through(self, carry: Carry, name: str, dims: Sequence[str]) -> None:
+        """The state carried through the segments before this program's."""
+        self.write("for i_before in range(0, i_s):")
+        self.depth += 1
+        texts = []
+        for value in carry.through or ():
+            argument = identifier(value.name)
+            self.args[argument] = value
+            index = "((i_n.to(tl.int64) * SEGMENTS + i_before) * H + i_h)"
+            pointers, mask, own = self.state_block(argument, index, value.axes)
+            loaded = self.assign(argument, self.load_text(pointers, mask), own)
+            texts.append(spread(loaded.text, own, dims))
+        self.write(f"{name} = {name} * {texts[0]} + {texts[1]}")
+        self.depth -= 1
 
     def print_end(self, value: Value, name: str, axes: Sequence[str]) -> None:
         argument = identifier(value.name)
@@ -617,6 +652,8 @@ class KernelPrinter:
         pointers, mask, dims = self.place(value, argument)
         masks = [mask] if mask else []
         masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+        if self.kernel.segments > 1 and value.per == "sequence":
+            masks.append("(i_s == SEGMENTS - 1)")
         tail = f", mask={' & '.join(masks)}" if masks else ""
         self.write(f"tl.store({pointers}, {name}{tail})")
 
