@@ -10,10 +10,20 @@ import argparse
 import inspect
 from collections.abc import Callable
 
-from lmoe_compiler.definition import Recurrence
+import torch
+from torch import Tensor
+
+import lmoe_compiler as lmoe
+from lmoe_compiler import Recurrence
+from lmoe_compiler.codegen import run as kernels
+from lmoe_compiler.config import Options
 from lmoe_compiler.ir.text import print_expression
+from lmoe_compiler.lower.chunk import NoChunkForm
 from lmoe_compiler.models import RECURRENCES
+from lmoe_compiler.stages import of_call, of_program, render
 from lmoe_compiler.trace import trace
+
+BATCH, LENGTH, HEADS, SIZE = 1, 128, 4, 64
 
 
 def definition(r: Recurrence) -> str:
@@ -22,7 +32,7 @@ def definition(r: Recurrence) -> str:
 
 
 def traced(r: Recurrence) -> str:
-    """The step, run once on symbols: the next states and the output in named axes."""
+    """The step, run once on symbols: next states and output as expressions over named axes."""
     seen = trace(r.name, r.definition, r.states, r.inputs, ())
     lines = [
         f"{state.name}' = {print_expression(value)}"
@@ -32,13 +42,58 @@ def traced(r: Recurrence) -> str:
 
 
 def ir(r: Recurrence) -> str:
-    """The recurrence IR: proved micro-steps, each with the line it came from. It parses back."""
+    """Proved micro-steps, each with the line it came from. The text parses back."""
     return str(r.ir)
 
 
 def analysis(r: Recurrence) -> str:
-    """What was proved of the transition."""
+    """What was proved of the transition, and the line that prevents a better form."""
     return str(r.transition)
+
+
+def lowering(r: Recurrence) -> str:
+    """The body of one chunk, and its adjoint."""
+    return render([stage for stage in of_program(r.ir) if stage[0] in ("chunk program", "adjoint")])
+
+
+def triton(r: Recurrence) -> str:
+    """The generated kernels for bf16 inputs, forward and backward. No GPU is needed to read them."""
+    try:
+        return kernels.source(r.ir, example(r, torch.bfloat16), None, None, Options())
+    except NoChunkForm as reason:
+        return f"none: {reason}"
+
+
+def passes(r: Recurrence) -> str:
+    """A model's graph before and after each pass; the recurrence is one marked node in it."""
+    return explained(r, lambda title: title == "model graph" or title.startswith("pass "))
+
+
+def backend(r: Recurrence) -> str:
+    """What torch.compile's backend hands to the inner compiler: forward and backward graphs."""
+    return explained(r, lambda title: "AOTAutograd" in title)
+
+
+def runtime(r: Recurrence) -> str:
+    """Who computes a call with these arguments on this machine."""
+    return render(of_call(r.ir, example(r, torch.float32), Options()))
+
+
+def example(r: Recurrence, dtype: torch.dtype) -> list[Tensor]:
+    """Some inputs of the right shapes."""
+    lead = {"token": (BATCH, LENGTH, HEADS), "head": (HEADS,)}
+    return [
+        torch.randn(lead[var.kind] + (SIZE,) * len(var.axes), dtype=dtype, requires_grad=True)
+        for var in r.inputs
+    ]
+
+
+def explained(r: Recurrence, wanted: Callable[[str], bool]) -> str:
+    def model(*inputs: Tensor) -> Tensor:
+        return torch.nn.functional.silu(r(*inputs))
+
+    page = lmoe.explain(model, *example(r, torch.float32))
+    return render([stage for stage in page.stages if wanted(stage[0])])
 
 
 STOPS: tuple[tuple[str, Callable[[Recurrence], str]], ...] = (
@@ -46,6 +101,11 @@ STOPS: tuple[tuple[str, Callable[[Recurrence], str]], ...] = (
     ("trace", traced),
     ("recurrence IR", ir),
     ("analysis", analysis),
+    ("lowering", lowering),
+    ("Triton source", triton),
+    ("FX passes", passes),
+    ("backend", backend),
+    ("runtime", runtime),
 )
 
 
