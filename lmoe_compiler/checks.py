@@ -20,16 +20,16 @@ from lmoe_compiler.errors import (
     ShapeMismatch,
 )
 from lmoe_compiler.ir.nodes import Program, Var
-from lmoe_compiler.layout import Spec, first_token, gates, leading, measure
+from lmoe_compiler.layout import Measured, first_token, gates, leading, measure
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check(
     program: Program,
-    inputs: Sequence[Spec],
-    states: Sequence[Spec],
-    cu_seqlens: Spec | None,
+    inputs: Sequence[Measured],
+    states: Sequence[Measured],
+    cu_seqlens: Measured | None,
     *,
     step: bool = False,
 ) -> None:
@@ -81,7 +81,7 @@ def check_values(
             )
 
 
-def _check_dtypes(program: Program, inputs: Sequence[Spec]) -> None:
+def _check_dtypes(program: Program, inputs: Sequence[Measured]) -> None:
     loose = gates(program) | {var.name for var in program.inputs if var.kind == "head"}
     main: tuple[str, torch.dtype] | None = None
     for var, x in zip(program.inputs, inputs, strict=True):
@@ -114,7 +114,10 @@ def _check_dtypes(program: Program, inputs: Sequence[Spec]) -> None:
 
 
 def _check_devices(
-    program: Program, inputs: Sequence[Spec], states: Sequence[Spec], cu_seqlens: Spec | None
+    program: Program,
+    inputs: Sequence[Measured],
+    states: Sequence[Measured],
+    cu_seqlens: Measured | None,
 ) -> None:
     device = inputs[0].device
     named = [(var.name, x) for var, x in zip(program.inputs, inputs, strict=True)]
@@ -131,7 +134,7 @@ def _check_devices(
             )
 
 
-def _check_sizes(program: Program, inputs: Sequence[Spec], step: bool) -> None:
+def _check_sizes(program: Program, inputs: Sequence[Measured], step: bool) -> None:
     """Each dimension name has one size; head counts divide the widest."""
     seen: dict[str, tuple[str, int]] = {
         axis: ("the definition", size) for axis, size in program.static
@@ -159,7 +162,7 @@ def _check_sizes(program: Program, inputs: Sequence[Spec], step: bool) -> None:
             )
 
 
-def _check_cu_seqlens(program: Program, cu_seqlens: Spec, token: Spec) -> None:
+def _check_cu_seqlens(program: Program, cu_seqlens: Measured, token: Measured) -> None:
     where, length = f"the call of {program.name}", token.shape[1]
     example = f"cu_seqlens=torch.tensor([0, ..., {length}], dtype=torch.int32)"
     if cu_seqlens.dtype != torch.int32:
@@ -187,9 +190,9 @@ def _check_cu_seqlens(program: Program, cu_seqlens: Spec, token: Spec) -> None:
 
 def _check_states(
     program: Program,
-    inputs: Sequence[Spec],
-    states: Sequence[Spec],
-    cu_seqlens: Spec | None,
+    inputs: Sequence[Measured],
+    states: Sequence[Measured],
+    cu_seqlens: Measured | None,
     step: bool,
 ) -> None:
     name = "state" if step else "initial_state"
@@ -225,7 +228,7 @@ def _check_states(
             )
 
 
-def _shape(x: Spec) -> str:
+def _shape(x: Measured) -> str:
     return f"[{', '.join(str(n) for n in x.shape)}]"
 
 
@@ -247,7 +250,7 @@ def _where(program: Program, var: Var) -> str:
     return f"argument {var.name} of {program.name}" + (f" ({declared})" if declared else "")
 
 
-def _rank_fix(var: Var, x: Spec, step: bool) -> str:
+def _rank_fix(var: Var, x: Measured, step: bool) -> str:
     names = (*leading(var, step=step), *var.axes)
     if len(x.shape) + 1 == len(names) and var.kind == "token":
         return f"{var.name}.unsqueeze({names.index('H')})  # if there is one head"

@@ -52,7 +52,7 @@ def explain(model: Callable[..., Any], *args: Any, **options: Any) -> Explanatio
             try_='lmoe.explain(model, x, inner="aot_eager")',
         )
     original = getattr(model, "_orig_mod", model)
-    compiled = torch.compile(original, backend=lmoe_backend, options=settings, dynamic=False)  # type: ignore[call-overload]
+    compiled = torch.compile(original, backend=lmoe_backend, options=settings, dynamic=False)
     _backward(compiled(*args), [*getattr(original, "parameters", list)(), *args])
     return Explanation(tuple(_stages(record)))
 

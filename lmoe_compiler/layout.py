@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,16 +26,23 @@ Tensors = Sequence[Tensor]
 Saved = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
+class Measured(Protocol):
+    """What the checks of a call look at: a tensor, or a Spec of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
 class Spec(NamedTuple):
-    """What the checks of a call look at; a tensor has the same attributes."""
+    """Shape, dtype and device of a tensor, without the tensor: hashable."""
 
     shape: Sequence[int]
     dtype: torch.dtype
     device: torch.device
-
-
-def spec(x: Tensor) -> Spec:
-    return Spec(x.shape, x.dtype, x.device)
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,9 @@ def leading(var: Var, *, step: bool) -> tuple[str, ...]:
 
 def measure(
     program: Program,
-    inputs: Sequence[Tensor | Spec],
-    states: Sequence[Tensor | Spec],
-    cu_seqlens: Tensor | Spec | None,
+    inputs: Sequence[Measured],
+    states: Sequence[Measured],
+    cu_seqlens: Measured | None,
     *,
     step: bool = False,
 ) -> Sizes:

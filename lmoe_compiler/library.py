@@ -79,7 +79,7 @@ def _scan_backward(
 ) -> list[Tensor]:
     program, chosen = parse(text), Options.parse(options)
     run = choose("scan_backward", program, inputs, chosen)
-    ends = d_states or [None] * len(program.states)
+    ends: Sequence[Tensor | None] = d_states or [None] * len(program.states)
     d_inputs, d_initial = run(
         program, inputs, states or None, cu_seqlens, saved, d_output, ends, chosen
     )
@@ -333,7 +333,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 # Function.apply without its check for torch.func: the dispatcher has already taken this op to one level of autograd.
-_apply = super(torch.autograd.Function, _Differentiable).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _Differentiable).apply
 
 
 def _wants_derivative(flat: Sequence[Tensor | None]) -> bool:
@@ -350,7 +350,7 @@ def _autograd(name: str, text: str, *args: Any) -> list[Tensor]:
     def below(*arguments: Any) -> list[Tensor]:
         # autograd.Function turns grad mode off; torch.func's outer levels, which run below here, need it as it was.
         with torch.set_grad_enabled(grad_mode), torch._C._AutoDispatchBelowAutograd():
-            return _op(name)(*arguments)  # type: ignore[no-any-return]
+            return _op(name)(*arguments)
 
     flat = _flatten(args)
     if not _wants_derivative(flat):
@@ -400,16 +400,17 @@ def _direct(tensors: Sequence[Any]) -> bool:
 @lru_cache(maxsize=4096)
 def _check(text: str, specs: tuple[Any, ...], num_inputs: int, step: bool) -> None:
     """The checks of a plain call: for sizes that were seen before they cost a look-up."""
-    *tensors, cu_seqlens = [None if given is None else layout.Spec(*given) for given in specs]
-    inputs, states = tensors[:num_inputs], tensors[num_inputs:]
-    check(parse(text), inputs, states, cu_seqlens, step=step)
+    *tensors, offsets = specs
+    found = [layout.Spec(*given) for given in tensors]
+    cu_seqlens = None if offsets is None else layout.Spec(*offsets)
+    check(parse(text), found[:num_inputs], found[num_inputs:], cu_seqlens, step=step)
 
 
 def call(name: str, text: str, *args: Any) -> list[Tensor]:
     """Run an op of the family on arguments that follow its schema and were checked."""
     flat = _flatten(args)
     if torch.compiler.is_compiling() or not _direct(flat):
-        return _op(name)(text, *args)  # type: ignore[no-any-return]
+        return _op(name)(text, *args)
     return _run(name, text, args, flat)
 
 
@@ -429,13 +430,13 @@ def _checked_call(
     *rest: Any,
 ) -> list[Tensor]:
     if torch.compiler.is_compiling():
-        return _op(name)(text, inputs, states, *rest)  # type: ignore[no-any-return]
+        return _op(name)(text, inputs, states, *rest)
     program, step = parse(text), name == "step"
     inputs = transforms.autocast(program, inputs)
     flat = [*inputs, *states, cu_seqlens]
     if not _direct(flat):
         check(program, inputs, states, cu_seqlens, step=step)
-        return _op(name)(text, inputs, states, *rest)  # type: ignore[no-any-return]
+        return _op(name)(text, inputs, states, *rest)
     specs = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in flat])
     _check(text, specs, len(inputs), step)
     args = (inputs, states, *rest)
