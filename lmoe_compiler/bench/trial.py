@@ -17,6 +17,7 @@ from lmoe_compiler.bench.measure import median_us, relative_rms
 from lmoe_compiler.bench.workloads import WORKLOADS, Shape, Workload, make_inputs
 from lmoe_compiler.codegen import run, tuned
 from lmoe_compiler.codegen.plan import Choice
+from lmoe_compiler.models import RECURRENCES
 
 
 def check_shape(shape: Shape, choice: Choice) -> Shape:
@@ -28,8 +29,6 @@ def calls(
     workload: Workload, shape: Shape, direction: str
 ) -> tuple[Callable[[], list[Tensor]], dict[str, Tensor], Tensor]:
     """What is tried: the forward, or the backward alone (its forward has run once)."""
-    from lmoe_compiler.models import RECURRENCES
-
     recurrence = RECURRENCES[workload.name].with_options(implementation="triton")
     inputs = make_inputs(workload, shape, torch.bfloat16, "cuda")
     if direction == "forward":
@@ -46,8 +45,6 @@ def calls(
 
 def worst_error(workload: Workload, shape: Shape, direction: str) -> float:
     """The largest relative RMS error of an output or gradient against the definition in float64."""
-    from lmoe_compiler.models import RECURRENCES
-
     call, inputs, d_output = calls(workload, shape, direction)
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     o = RECURRENCES[workload.name].reference(**exact)

@@ -23,6 +23,7 @@ from lmoe_compiler.codegen.cost import by_rule, device, segmented
 from lmoe_compiler.codegen.partition import Call
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.ir.nodes import Program
+from lmoe_compiler.models import RECURRENCES
 
 TOLERANCE = 0.02
 """Relative RMS error above which a plan is wrong; right ones in bf16 are at 0.002 to 0.004, gates below 0.01."""
@@ -91,8 +92,6 @@ class Cell:
     """One op, shape and direction, with its numbered candidates."""
 
     def __init__(self, op: str, shape: Shape, direction: str) -> None:
-        from lmoe_compiler.models import RECURRENCES
-
         program = RECURRENCES[op].program()
         call = call_of(program, shape)
         self.task = {"op": op, "shape": shape, "direction": direction}

@@ -20,11 +20,10 @@ from lmoe_compiler.bench.measure import (
     relative_rms,
 )
 from lmoe_compiler.bench.workloads import WORKLOADS, Workload, bytes_of, make_inputs
+from lmoe_compiler.models import RECURRENCES
 
 
 def forward_of(workload: Workload, side: str, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
-    from lmoe_compiler.models import RECURRENCES
-
     if side == "fla":
         assert workload.library is not None
         return workload.library.bind(inputs)

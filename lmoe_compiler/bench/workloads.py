@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmoe_compiler.models import RECURRENCES
+
 Shape = tuple[int, int, int, int]
 Maker = Callable[[Tensor], Tensor]
 
@@ -134,8 +136,6 @@ def make_inputs(
     workload: Workload, shape: Shape, dtype: torch.dtype, device: str, tokens: bool = True
 ) -> dict[str, Tensor]:
     """Every input of the recurrence by name, requiring gradients; `tokens` False leaves T out (decode)."""
-    from lmoe_compiler.models import RECURRENCES
-
     batch, length, heads, size = shape
     generator = torch.Generator(device).manual_seed(zlib.crc32(workload.name.encode()))
     inputs = {}
