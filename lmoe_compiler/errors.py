@@ -26,7 +26,7 @@ class LmoeError(Exception):
         return f"{type(self).__name__}: {self}"
 
 
-# -- step functions and programs ------------------------------------------------------------------
+# Step functions and programs.
 
 
 class UnknownAnnotation(LmoeError, TypeError):
@@ -77,7 +77,7 @@ class BadBound(LmoeError, ValueError):
     """A declared bound of an unknown input, or with low above high."""
 
 
-# -- configuration ------------------------------------------------------------------------------
+# Configuration.
 
 
 class InvalidOption(LmoeError, ValueError):
@@ -92,7 +92,7 @@ class FallbackWarning(UserWarning):
     """`implementation="auto"` could not take the generated kernels; said once per reason."""
 
 
-# -- calls --------------------------------------------------------------------------------------
+# Calls.
 
 
 class InvalidArgument(LmoeError, TypeError):
@@ -127,7 +127,7 @@ class BoundViolated(LmoeError, ValueError):
     """Under debug: an input left the range that `bounds=` declares."""
 
 
-# -- differentiation ----------------------------------------------------------------------------
+# Differentiation.
 
 
 class UnsupportedTransform(LmoeError, NotImplementedError):
@@ -138,14 +138,14 @@ class NoSpanMap(LmoeError, NotImplementedError):
     """The state after a span is not an affine function of the state before it."""
 
 
-# -- the torch.compile backend ------------------------------------------------------------------
+# The torch.compile backend.
 
 
 class PassFailed(LmoeError, RuntimeError):
     """A graph pass raised or left a graph that does not hold together."""
 
 
-# -- models and training ------------------------------------------------------------------------
+# Models and training.
 
 
 class InvalidModel(LmoeError, ValueError):
@@ -172,7 +172,7 @@ class NonFiniteLoss(LmoeError, ArithmeticError):
     """The loss or a gradient became NaN or infinite; training stopped before using it."""
 
 
-# -- many ranks ---------------------------------------------------------------------------------
+# Many ranks.
 
 
 class StaticSequence(LmoeError, ValueError):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,13 +25,11 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from lmoe_compiler import layout, transforms
-from lmoe_compiler.checks import check, check_values
+from lmoe_compiler import kernels, layout, transforms
+from lmoe_compiler.checks import check
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import UnsupportedTransform
-from lmoe_compiler.implementation import choose, keeper
-from lmoe_compiler.ir.nodes import Program
-from lmoe_compiler.ir.parse import parse as parse_text
+from lmoe_compiler.kernels import parse
 from lmoe_compiler.layout import Tensors
 
 Run = Callable[..., list[Tensor]]
@@ -45,115 +43,6 @@ SCHEMAS = {
     "str options",
     "step": "str program, Tensor[] inputs, Tensor[] states, str options",
 }
-
-
-@cache
-def parse(text: str) -> Program:
-    """The program of an op's first argument."""
-    return parse_text(text)
-
-
-# -- kernels ----------------------------------------------------------------------------------------
-
-
-def _scan(
-    text: str, inputs: Tensors, states: Tensors, cu_seqlens: Tensor | None, options: str
-) -> list[Tensor]:
-    program, chosen = parse(text), Options.parse(options)
-    if chosen.debug or inputs[0].device.type == "cpu":
-        check_values(program, inputs, cu_seqlens, debug=chosen.debug)
-    run = choose("scan", program, inputs, chosen)
-    output, finals, saved = run(program, inputs, states or None, cu_seqlens, chosen)
-    return [output, *finals, *saved]
-
-
-def _scan_backward(
-    text: str,
-    inputs: Tensors,
-    states: Tensors,
-    cu_seqlens: Tensor | None,
-    saved: Tensors,
-    d_output: Tensor,
-    d_states: Tensors,
-    options: str,
-) -> list[Tensor]:
-    program, chosen = parse(text), Options.parse(options)
-    run = choose("scan_backward", program, inputs, chosen)
-    ends: Sequence[Tensor | None] = d_states or [None] * len(program.states)
-    d_inputs, d_initial = run(
-        program, inputs, states or None, cu_seqlens, saved, d_output, ends, chosen
-    )
-    return [*d_inputs, *(d_initial or ())]
-
-
-def _span_map(text: str, inputs: Tensors, cu_seqlens: Tensor | None, options: str) -> list[Tensor]:
-    program, chosen = parse(text), Options.parse(options)
-    maps, ends = choose("span_map", program, inputs, chosen)(program, inputs, cu_seqlens, chosen)
-    return [*(m for m in maps if m is not None), *ends]
-
-
-def _span_map_backward(
-    text: str, inputs: Tensors, cu_seqlens: Tensor | None, d_results: Tensors, options: str
-) -> list[Tensor]:
-    program, chosen = parse(text), Options.parse(options)
-    d_maps, d_ends = layout.split_maps(program, d_results)
-    run = choose("span_map_backward", program, inputs, chosen)
-    return run(program, inputs, cu_seqlens, d_maps, d_ends, chosen)
-
-
-def _step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
-    program, chosen = parse(text), Options.parse(options)
-    output, following = choose("step", program, inputs, chosen)(
-        program, inputs, states or None, chosen
-    )
-    return [output, *following]
-
-
-# -- fake kernels: checks, and the shapes, dtypes and strides of the results ---------------------------
-
-
-def _fake_scan(
-    text: str, inputs: Tensors, states: Tensors, cu_seqlens: Tensor | None, options: str
-) -> list[Tensor]:
-    program, chosen = parse(text), Options.parse(options)
-    check(program, inputs, states, cu_seqlens)
-    sizes = layout.measure(program, inputs, states, cu_seqlens)
-    kept = keeper(program, inputs, chosen)(program, inputs, states or None, cu_seqlens, chosen)
-    return [*_fake_results(program, sizes, inputs), *kept]
-
-
-def _fake_step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
-    program = parse(text)
-    check(program, inputs, states, None, step=True)
-    return _fake_results(program, layout.measure(program, inputs, states, None, step=True), inputs)
-
-
-def _fake_results(program: Program, sizes: layout.Sizes, inputs: Tensors) -> list[Tensor]:
-    token = inputs[layout.first_token(program)]
-    finals = [token.new_empty(sizes.state(var), dtype=sizes.accumulate) for var in program.states]
-    return [token.new_empty(sizes.output(program)), *finals]
-
-
-def _fake_scan_backward(text: str, inputs: Tensors, states: Tensors, *_: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (*inputs, *states)]
-
-
-def _fake_span_map(
-    text: str, inputs: Tensors, cu_seqlens: Tensor | None, options: str
-) -> list[Tensor]:
-    program = parse(text)
-    check(program, inputs, (), cu_seqlens)
-    sizes = layout.measure(program, inputs, (), cu_seqlens)
-    shapes = [sizes.map(axes) for axes in layout.map_axes(program) if axes is not None]
-    shapes += [sizes.map(var.axes) for var in program.states]
-    return [inputs[0].new_empty(shape, dtype=sizes.accumulate) for shape in shapes]
-
-
-def _fake_span_map_backward(text: str, inputs: Tensors, *_: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in inputs]
-
-
-# -- derivatives ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,7 +70,7 @@ def _differentiate_scan(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, 
     program = parse(text)
     d_output, *d_states = grads[: 1 + len(program.states)]
     sizes = layout.measure(program, inputs, states, cu_seqlens)
-    zeros = _fake_results(program, sizes, inputs) if None in (d_output, *d_states) else []
+    zeros = kernels.fake_results(program, sizes, inputs) if None in (d_output, *d_states) else []
     if d_output is None:
         d_output = zeros[0].zero_()
     if all(d is None for d in d_states):
@@ -249,9 +138,6 @@ def _refuse_second(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     )
 
 
-# -- the family --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Operator:
     kernel: Callable[..., list[Tensor]]
@@ -264,15 +150,24 @@ class Operator:
 
 _REFUSE_SECOND = Derivative(_setup_refusal, _refuse_second)
 OPERATORS = {
-    "scan": Operator(_scan, _fake_scan, Derivative(_setup_scan, _differentiate_scan), 1),
-    "scan_backward": Operator(_scan_backward, _fake_scan_backward, _REFUSE_SECOND, 2, False),
+    "scan": Operator(
+        kernels.scan, kernels.fake_scan, Derivative(_setup_scan, _differentiate_scan), 1
+    ),
+    "scan_backward": Operator(
+        kernels.scan_backward, kernels.fake_scan_backward, _REFUSE_SECOND, 2, False
+    ),
     "span_map": Operator(
-        _span_map, _fake_span_map, Derivative(_setup_span_map, _differentiate_span_map), 1
+        kernels.span_map,
+        kernels.fake_span_map,
+        Derivative(_setup_span_map, _differentiate_span_map),
+        1,
     ),
     "span_map_backward": Operator(
-        _span_map_backward, _fake_span_map_backward, _REFUSE_SECOND, 2, False
+        kernels.span_map_backward, kernels.fake_span_map_backward, _REFUSE_SECOND, 2, False
     ),
-    "step": Operator(_step, _fake_step, Derivative(_setup_step, _differentiate_step), 1),
+    "step": Operator(
+        kernels.step, kernels.fake_step, Derivative(_setup_step, _differentiate_step), 1
+    ),
 }
 
 
@@ -299,9 +194,6 @@ def _register(name: str, operator: Operator) -> None:
 
 def _op(name: str) -> Any:
     return getattr(torch.ops.lmoe, name).default
-
-
-# -- calling an op --------------------------------------------------------------------------------------------
 
 
 class _Differentiable(torch.autograd.Function):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from calls import arguments, gated, state
 
-from lmoe_compiler import errors, library
+from lmoe_compiler import errors, kernels
 from lmoe_compiler.config import Environment, Options
 
 Q, K, V, G, U = range(5)
@@ -210,7 +210,7 @@ def test_bad_call(bad, error, text, monkeypatch):
         raise AssertionError("work began before the check")
 
     if error not in (errors.BoundViolated, errors.ImplementationUnavailable):
-        monkeypatch.setattr(library, "choose", no_work)
+        monkeypatch.setattr(kernels, "choose", no_work)
     with pytest.raises(error) as caught:
         bad()
     assert re.search(text, str(caught.value)), str(caught.value)

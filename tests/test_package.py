@@ -36,6 +36,7 @@ LAYERS = (
     ("codegen",),
     ("runtime",),
     ("checks", "transforms", "stages"),
+    ("kernels",),
     ("library", "experts"),
     ("call",),
     ("definition",),

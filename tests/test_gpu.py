@@ -1,0 +1,67 @@
+"""Ops, calls and the backend on a CUDA device (`pytest -m gpu`): the generated kernels behind the same interfaces."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from calls import arguments, gated, state
+from torch.utils import benchmark
+
+import lmoe_compiler as lmoe
+from lmoe_compiler import implementation
+from lmoe_compiler.config import Options
+
+pytestmark = pytest.mark.gpu
+
+
+def on_device(*tensors, grad=False):
+    return [x.detach().cuda().requires_grad_(grad) for x in tensors]
+
+
+def test_auto_runs_generated_kernels():
+    inputs = on_device(*arguments(dtype=torch.float32))
+    for function in ("scan", "scan_backward"):
+        chosen = implementation.choose(function, gated.ir, inputs, Options())
+        assert chosen.__module__ == implementation.TRITON
+
+
+@pytest.mark.parametrize("given_state", [False, True])
+def test_opcheck(given_state):
+    inputs = on_device(*arguments(dtype=torch.float32), grad=True)
+    states = on_device(state(dtype=torch.float32), grad=True) if given_state else []
+    torch.library.opcheck(torch.ops.lmoe.scan.default, (gated.text(), inputs, states, None, ""))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_compiled_is_eager_for_many_lengths(inner):
+    compiled = lmoe.compile(lambda *xs: gated(*xs, return_state=True), inner=inner, fullgraph=True)
+    for T in (5, 64, 130, 1000):
+        inputs = on_device(*arguments(2, T, dtype=torch.float32), grad=True)
+        results = []
+        for function in (compiled, partial(gated, return_state=True)):
+            output, final = function(*inputs)
+            grads = torch.autograd.grad(output.sin().sum() + final.sin().sum(), inputs)
+            results.append((output, final, *grads))
+        torch.testing.assert_close(*results)
+
+
+def test_autocast():
+    inputs = on_device(*arguments(2, 70, dtype=torch.float32))
+    with torch.autocast("cuda", torch.bfloat16):
+        output = gated(*inputs)
+    cast = [x.to(torch.bfloat16) for x in inputs[:3]]
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, gated(*cast, *inputs[3:]), rtol=0, atol=0)
+
+
+def test_host_time_of_a_call(record_property):
+    """What the processor does for one small call, kernels launched and not waited for."""
+    inputs = on_device(*arguments(1, 64, dtype=torch.bfloat16))
+    leaves = on_device(*inputs, grad=True)
+    for name, given in (("inference", inputs), ("training", leaves)):
+        timer = benchmark.Timer("f(*xs)", globals={"f": gated, "xs": given})
+        microseconds = timer.blocked_autorange(min_run_time=1).median * 1e6
+        record_property(f"{name}_us", microseconds)
+        print(f"{name}: {microseconds:.1f} us a call")
