@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lmoe_compiler.errors import InvalidData
+from lmoe_compiler.train import data
 from lmoe_compiler.train.baselines import NGram, baselines, zlib_bits_per_byte
 from lmoe_compiler.train.data import (
     ByteTokenizer,
@@ -19,6 +20,7 @@ from lmoe_compiler.train.data import (
     prepare,
     read_documents,
     split_documents,
+    windows,
 )
 
 
@@ -119,11 +121,24 @@ def test_batches_are_windows_and_a_function_of_the_seed(tmp_path):
 def test_windows_predict_every_held_out_token_once(tmp_path):
     corpus = corpus_of(write_texts(tmp_path / "texts", 12))
     tokens = corpus.tokens("held_out")
-    windows = list(corpus.windows("held_out", 16, 8, len(tokens)))
-    new = [windows[0][1][:8], *(labels[8:] for _, labels in windows)]
+    found = list(windows(corpus.held_out_tokens(len(tokens)), 16, 8))
+    new = [found[0][1][:8], *(labels[8:] for _, labels in found)]
     predicted = np.concatenate([labels.numpy() for labels in new])
     assert (predicted == tokens[1 : len(predicted) + 1]).all()
     assert len(tokens) - len(predicted) <= 16
+
+
+def test_evaluations_read_all_over_the_held_out_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "_PIECE", 10)
+    corpus = corpus_of(write_texts(tmp_path / "texts", 12))
+    text = bytes(corpus.text("held_out"))
+    part = bytes(corpus.held_out_text(40))
+    pieces = [part[start : start + 10] for start in range(0, 40, 10)]
+    places = [text.index(piece) for piece in pieces]
+    assert len(part) == 40
+    assert part[:10] == text[:10]
+    assert part[-10:] == text[-10:]
+    assert places[1] > len(text) / 5
 
 
 def test_tokenizer_json(tmp_path):

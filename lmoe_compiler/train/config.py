@@ -41,7 +41,7 @@ class TrainConfig:
     # train this many steps, whatever the time: the deterministic mode
     steps: int = 0
     sequence_length: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     # micro-batches of batch_size sequences added up for one step
     accumulate: int = 1
     seed: int = 0
@@ -65,8 +65,8 @@ class TrainConfig:
     # evaluations on held-out text, with a checkpoint each, spread over the run
     evaluations: int = 10
     # held-out tokens of each evaluation, and of the last one
-    evaluation_tokens: int = 65_536
-    final_tokens: int = 524_288
+    evaluation_tokens: int = 32_768
+    final_tokens: int = 131_072
     # newest checkpoints that stay
     keep: int = 2
     sample_tokens: int = 400

@@ -29,6 +29,8 @@ from lmoe_compiler.errors import InvalidData
 
 _LAYOUT = "1"
 _SMALLEST_TAIL = 0.1
+# Evaluations read pieces of this many tokens, spread over the held-out text.
+_PIECE = 4096
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _NO_SOURCES = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
@@ -200,13 +202,27 @@ class Corpus:
         starts = np.random.default_rng(list(seed)).integers(0, len(tokens) - length, size=rows)
         return _shifted(np.stack([tokens[s : s + length + 1] for s in starts]))
 
-    def windows(
-        self, split: str, length: int, stride: int, limit: int
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Windows of the first `limit` tokens of a split, in order, every `stride` tokens."""
-        tokens = self.tokens(split)[: limit + 1]
-        for start in range(0, len(tokens) - length, stride):
-            yield _shifted(tokens[start : start + length + 1])
+    def held_out_tokens(self, limit: int) -> NDArray[Any]:
+        """At most `limit` held-out tokens: pieces from all over the text, joined in order."""
+        return _spread(self.tokens("held_out"), limit)
+
+    def held_out_text(self, limit: int) -> NDArray[np.uint8]:
+        """The held-out bytes that baselines read: as much text as `held_out_tokens(limit)`."""
+        return _spread(self.text("held_out"), round(limit * self.bytes_per_token("held_out")))
+
+
+def _spread(values: NDArray[Any], limit: int) -> NDArray[Any]:
+    if len(values) <= limit:
+        return values
+    pieces = -(-limit // _PIECE)
+    starts = np.linspace(0, len(values) - limit // pieces, pieces).astype(np.int64)
+    return np.concatenate([values[start : start + limit // pieces] for start in starts])
+
+
+def windows(tokens: NDArray[Any], length: int, stride: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Inputs and next tokens of every window, in order, each `stride` tokens after the last."""
+    for start in range(0, len(tokens) - length, stride):
+        yield _shifted(tokens[start : start + length + 1])
 
 
 def _shifted(tokens: NDArray[Any]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ import lmoe_compiler
 from lmoe_compiler.models.linear_moe import CausalLMOutput, LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint, diagnose
 from lmoe_compiler.train.config import TrainConfig, to_dict
-from lmoe_compiler.train.data import Corpus
+from lmoe_compiler.train.data import Corpus, windows
 from lmoe_compiler.train.display import Display, Evaluation, Step
 from lmoe_compiler.train.logs import Logs
 
@@ -238,9 +238,7 @@ class Trainer:
 
     @torch.no_grad()
     def bits_per_byte(self, limit: int, overlap: bool) -> float:
-        """Of the first `limit` held-out tokens. `overlap`: a token has at least half a window
-        before it.
-        """
+        """Of `limit` held-out tokens. `overlap`: each has at least half a window before it."""
         length = self.config.sequence_length
         stride = length // 2 if overlap else length
         nats, count, first = 0.0, 0, True
@@ -260,7 +258,7 @@ class Trainer:
         self, length: int, stride: int, limit: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         rows: list[tuple[Tensor, Tensor]] = []
-        for window in self.corpus.windows("held_out", length, stride, limit):
+        for window in windows(self.corpus.held_out_tokens(limit), length, stride):
             rows.append(window)
             if len(rows) == self.config.batch_size:
                 yield self._stack(rows)

@@ -170,8 +170,7 @@ def fitted_baselines(corpus: Corpus, limit: int) -> dict[str, float]:
     if kept.exists():
         result: dict[str, float] = json.loads(kept.read_text())
         return result
-    held_out = corpus.text("held_out")[: round(limit * corpus.bytes_per_token("held_out"))]
-    result = baselines(corpus.text("train"), held_out)
+    result = baselines(corpus.text("train"), corpus.held_out_text(limit))
     kept.write_text(json.dumps(result))
     return result
 
