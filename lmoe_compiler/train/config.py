@@ -17,7 +17,7 @@ from lmoe_compiler.errors import InvalidTraining
 from lmoe_compiler.models.config import ModelConfig
 
 DTYPES = ("fp32", "bf16")
-COMPILERS = ("inductor", "aot_eager", "eager", "none")
+COMPILERS = ("auto", "inductor", "aot_eager", "eager", "none")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class TrainConfig:
     dtype: str = "fp32"
     # auto, cpu or cuda
     device: str = "auto"
-    # inner compiler below our backend; none trains the module as it stands
-    compiler: str = "inductor"
+    # inner compiler below our backend: auto is inductor where there is a C++ compiler, else
+    # aot_eager; none trains the module as it stands
+    compiler: str = "auto"
     # evaluations on held-out text, with a checkpoint each, spread over the run
     evaluations: int = 10
     # held-out tokens of each evaluation, and of the last one

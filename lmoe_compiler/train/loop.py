@@ -8,6 +8,8 @@ losses on CPU. A run is measured in `progress`, 0 to 1: steps of `steps`, or sec
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ from lmoe_compiler.train.display import Display, Evaluation, Step
 from lmoe_compiler.train.logs import Logs
 
 CompiledModel = Any
+_CXX = ("g++", "clang++", "c++")
 
 
 @dataclass
@@ -123,8 +126,8 @@ class Trainer:
             if stop:
                 self.save()
                 raise KeyboardInterrupt
-            bits = self._evaluate(logs, self.config.final_tokens, overlap=True)
             self.save()
+            bits = self.bits_per_byte(self.config.final_tokens, overlap=True)
         finally:
             logs.close()
         return bits
@@ -221,20 +224,20 @@ class Trainer:
 
     def _evaluate_if_due(self, logs: Logs) -> None:
         due = int(self.progress * self.config.evaluations)
-        if due > self.clock.evaluations and self.progress < 1:
+        if due > self.clock.evaluations:
             self.clock.evaluations = due
-            self._evaluate(logs, self.config.evaluation_tokens, overlap=False)
-            self.save()
+            self._evaluate(logs)
+            if self.progress < 1:
+                self.save()
 
-    def _evaluate(self, logs: Logs, limit: int, overlap: bool) -> float:
+    def _evaluate(self, logs: Logs) -> None:
         begin = time.monotonic()
-        bits = self.bits_per_byte(limit, overlap)
+        bits = self.bits_per_byte(self.config.evaluation_tokens, overlap=False)
         self.clock.seconds += time.monotonic() - begin
         clock = self.clock
         evaluation = Evaluation(clock.step, clock.tokens, clock.seconds, bits)
         logs.evaluation(evaluation)
         self.display.evaluation(evaluation)
-        return bits
 
     @torch.no_grad()
     def bits_per_byte(self, limit: int, overlap: bool) -> float:
@@ -287,8 +290,18 @@ class Trainer:
         self.clock = Clock(**state["clock"])
 
 
+def pick_compiler(name: str) -> str:
+    """`auto` is Inductor, which on CPU needs a C++ compiler."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", ""), *_CXX))):
+        return "inductor"
+    return "aot_eager"
+
+
 def compile_model(model: nn.Module, compiler: str) -> CompiledModel:
     """The model through our torch.compile backend, with the inner compiler that was chosen."""
+    compiler = pick_compiler(compiler)
     if compiler == "none":
         return model
     return lmoe_compiler.compile(model, fullgraph=True, inner=compiler)

@@ -31,15 +31,15 @@ def draw(
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.4), width_ratios=(1, 1, 0.9))
     for (name, metrics), colour in zip(runs.items(), _COLOURS, strict=False):
         _draw_run(axes[0], axes[1], name, metrics, colour)
-    axes[0].set(xlabel="tokens", ylabel="nats per token", title="training loss")
-    axes[1].set(xlabel="tokens", ylabel="bits per byte", title="held-out text")
-    best = min((bits for name, bits in baselines.items()), default=0.0)
-    for name, bits in baselines.items():
-        # The weak baselines would flatten the curves: only those in reach are drawn.
-        if bits < 2 * best:
-            axes[1].axhline(bits, color="#777777", linewidth=0.8, linestyle="--")
-            axes[1].text(0.99, bits, name, transform=axes[1].get_yaxis_transform(), ha="right",
-                         va="bottom", fontsize=8, color="#555555")  # fmt: skip
+    axes[0].set(xlabel="million tokens", ylabel="nats per token", title="training loss")
+    axes[1].set(xlabel="million tokens", ylabel="bits per byte", title="held-out text")
+    # The worst baseline would flatten the curves.
+    for name, bits in sorted(baselines.items(), key=lambda item: item[1])[:-1]:
+        axes[1].axhline(bits, color="#777777", linewidth=0.8, linestyle="--")
+        right = axes[1].get_yaxis_transform()
+        axes[1].text(
+            0.99, bits, name, transform=right, ha="right", va="bottom", fontsize=8, color="#555555"
+        )
     for axis in axes[:2]:
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
@@ -59,12 +59,12 @@ def _draw_run(
     window = max(1, len(values) // _SMOOTHING)
     if len(values):
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        tokens = np.array([m["tokens"] for m in steps])[window - 1 :]
+        tokens = np.array([m["tokens"] / 1e6 for m in steps])[window - 1 :]
         loss.plot(tokens, smooth, color=colour, linewidth=1.4, label=name)
         loss.set_ylim(smooth.min() * 0.95, np.quantile(smooth, 0.98) * 1.05)
     evaluations = [m for m in metrics if "held_out" in m]
     held_out.plot(
-        [m["tokens"] for m in evaluations],
+        [m["tokens"] / 1e6 for m in evaluations],
         [m["held_out"] for m in evaluations],
         "o-", color=colour, markersize=3, linewidth=1.4, label=name,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from lmoe_compiler.train.config import (
 )
 from lmoe_compiler.train.data import Corpus, prepare
 from lmoe_compiler.train.display import make_display, result_table
-from lmoe_compiler.train.loop import Trainer, compile_model
+from lmoe_compiler.train.loop import Trainer, compile_model, pick_compiler
 from lmoe_compiler.train.plot import draw, read_metrics
 
 _PROMPT_BYTES = 64
@@ -159,7 +159,8 @@ def introduction(config: TrainConfig, model: LinearMoEForCausalLM, corpus: Corpu
             f"text    {facts['files']:,} files, {facts['train_bytes'] / 1e6:.1f} MB to train on, "
             f"{facts['held_out_bytes'] / 1e6:.1f} MB held out",
             f"run     {length}, {config.accumulate * config.batch_size} x {config.sequence_length} "
-            f"tokens a step, {config.dtype}, compiler {config.compiler}, in {config.out}",
+            f"tokens a step, {config.dtype}, compiler {pick_compiler(config.compiler)}",
+            f"        in {config.out}",
         ]
     )
 
