@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lmoe_compiler import interpreted
+from lmoe_compiler.config import Options
 from lmoe_compiler.errors import (
     BoundViolated,
     DeviceMismatch,
@@ -18,6 +20,7 @@ from lmoe_compiler.errors import (
     InvalidCuSeqlens,
     InvalidState,
     ShapeMismatch,
+    WrongResult,
 )
 from lmoe_compiler.ir.nodes import Program, Var
 from lmoe_compiler.layout import Measured, first_token, gates, leading, measure
@@ -78,6 +81,33 @@ def check_values(
                 where=f"the call of {program.name}",
                 why=f"its declared range is [{bound.low:g}, {bound.high:g}], which the kernels rely on",
                 try_=f'@lmoe.recurrence(bounds={{"{bound.name}": (low, high)}}) with the true range',
+            )
+
+
+# Relative RMS error beyond which a result is wrong and not just rounded, by the dtype of the inputs.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def verify(
+    program: Program,
+    inputs: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    results: Sequence[Tensor],
+) -> None:
+    """Under LMOE_VERIFY: the output and final states of a scan against the interpreted program in float64."""
+    wide = [x.double() for x in inputs], [x.double() for x in states]
+    output, finals, _ = interpreted.scan(program, wide[0], wide[1] or None, cu_seqlens, Options())
+    names = ["the output", *(f"the final {var.name}" for var in program.states)]
+    for name, actual, expected in zip(names, results, (output, *finals), strict=True):
+        error = float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+        limit = _TOLERANCE[inputs[first_token(program)].dtype]
+        if expected.numel() and not error <= limit:
+            raise WrongResult(
+                f"{name} of {program.name} has a relative error of {error:.2g}",
+                where=f"a call with inputs {', '.join(_shape(x) for x in inputs)}",
+                why=f"LMOE_VERIFY compares with the interpreted program; {limit:g} would be rounding",
+                try_='r.with_options(implementation="reference"), and please report this call',
             )
 
 

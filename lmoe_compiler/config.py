@@ -2,7 +2,7 @@
 
 variable         values                            meaning
 LMOE_DEBUG       ir,analysis,chunk,triton,fx|all   print these stages of every compilation
-LMOE_VERIFY      0 | 1                             check every stage against the level above it
+LMOE_VERIFY      0 | 1                             compare every scan with the interpreted program
 LMOE_KERNEL_DIR  a folder                          generated kernels go there; edits are used as is
 LMOE_CACHE_DIR   a folder (~/.cache/lmoe)          everything else that is kept between runs
 """

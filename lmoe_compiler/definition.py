@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints,
 import torch
 from torch import Tensor
 
-from lmoe_compiler import call
+from lmoe_compiler import call, stages
 from lmoe_compiler.analysis import analyse, check
 from lmoe_compiler.analysis.report import Proved
 from lmoe_compiler.config import Options
@@ -97,7 +97,9 @@ class Recurrence:
         """The printed program: the first argument of the ops in library.py."""
         key = tuple(sizes.items())
         if key not in self._texts:
-            self._texts[key] = print_program(self.program(**sizes))
+            program = self.program(**sizes)
+            stages.announce(program)
+            self._texts[key] = print_program(program)
         return self._texts[key]
 
     @cached_property

@@ -127,6 +127,10 @@ class BoundViolated(LmoeError, ValueError):
     """Under debug: an input left the range that `bounds=` declares."""
 
 
+class WrongResult(LmoeError, ArithmeticError):
+    """LMOE_VERIFY found a lowered recurrence that disagrees with its program: a mistake of ours."""
+
+
 # Differentiation.
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from lmoe_compiler import layout
-from lmoe_compiler.checks import check, check_values
-from lmoe_compiler.config import Options
+from lmoe_compiler.checks import check, check_values, verify
+from lmoe_compiler.config import Options, environment
 from lmoe_compiler.implementation import choose, keeper
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.ir.parse import parse as parse_text
@@ -35,6 +35,8 @@ def scan(
         check_values(program, inputs, cu_seqlens, debug=chosen.debug)
     run = choose("scan", program, inputs, chosen)
     output, finals, saved = run(program, inputs, states or None, cu_seqlens, chosen)
+    if environment().verify:
+        verify(program, inputs, states, cu_seqlens, [output, *finals])
     return [output, *finals, *saved]
 
 

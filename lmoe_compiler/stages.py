@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lmoe_compiler.config import Options
-from lmoe_compiler.debug import heading
+from lmoe_compiler.config import Options, environment
+from lmoe_compiler.debug import heading, show
 from lmoe_compiler.errors import ImplementationUnavailable
 from lmoe_compiler.implementation import choose, kernels_or_reason
 from lmoe_compiler.ir.nodes import Bound, Next, Node, Program, topological
@@ -51,6 +51,14 @@ def source(program: Program, inputs: Sequence[Tensor], options: Options) -> str:
             try_="print(r.explain()) for the stages above the kernels",
         )
     return str(kernels.source(program, inputs, None, None, options))
+
+
+def announce(program: Program) -> None:
+    """Print the stages that LMOE_DEBUG asks for; called once for each program that is used."""
+    sections = {"recurrence IR": "ir", "analysis": "analysis"}
+    if environment().debug & {"ir", "analysis", "chunk"}:
+        for title, text in of_program(program):
+            show(sections.get(title, "chunk"), f"{program.name}, {title}", lambda page=text: page)
 
 
 def proofs(program: Program) -> str:

@@ -6,6 +6,7 @@ The same checks run on fake tensors, so a compiled model reports them too.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -13,7 +14,7 @@ import torch
 from calls import arguments, gated, state
 
 from lmoe_compiler import errors, kernels
-from lmoe_compiler.config import Environment, Options
+from lmoe_compiler.config import Environment, Options, environment
 
 Q, K, V, G, U = range(5)
 
@@ -242,3 +243,42 @@ def test_compiled_models_report_the_same(bad):
 def test_an_error_prints_its_parts():
     error = errors.ShapeMismatch("what", where="where", why="why", try_="one\ntwo")
     assert str(error) == "what\n  where: where\n  why:   why\n  try:   one\n         two"
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Set LMOE_* variables for one test."""
+
+    def put(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        environment.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    environment.cache_clear()
+
+
+def test_verify_finds_a_wrong_lowering(variables, monkeypatch):
+    variables(LMOE_VERIFY="1")
+    gated(*arguments())
+    run = kernels.choose
+
+    def wrong(*args):
+        found = run(*args)
+        return lambda *call: (found(*call)[0] + 1e-6, *found(*call)[1:])
+
+    monkeypatch.setattr(kernels, "choose", wrong)
+    with pytest.raises(errors.WrongResult, match=r"the output of gated has a relative error of \d"):
+        gated(*arguments())
+
+
+def test_debug_prints_stages_of_a_recurrence_once(variables, capsys):
+    variables(LMOE_DEBUG="ir,chunk")
+    fresh = replace(gated, options=Options(debug=True))
+    fresh(*arguments())
+    fresh(*arguments())
+    printed = capsys.readouterr().err
+    assert printed.count("-- ir: gated, recurrence IR ") == 1
+    assert printed.count("-- chunk: gated, chunk program ") == 1
+    assert "analysis" not in printed
