@@ -5,12 +5,11 @@ An operand may lack an axis of the result: its value is then the same along that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, reduce
 
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node
 from lmoe_compiler.ir.nodes import const as _const
-from lmoe_compiler.ir.nodes import make as _make
 
 
 @cache
@@ -20,7 +19,7 @@ def interned(node: Node) -> Node:
 
 
 def make(op: str, *args: Node, **attrs: Attr) -> Node:
-    return interned(_make(op, *args, loc=None, **attrs))
+    return interned(Node(op, args, tuple(sorted(attrs.items()))))
 
 
 def const(value: float) -> Node:
@@ -177,7 +176,7 @@ def solve(matrix: Node, rhs: Node, transposed: bool = False) -> Node:
     return make("solve", matrix, rhs, transposed=transposed)
 
 
-_SIMPLIFIED = {
+_SIMPLIFIED: dict[str, Callable[..., Node]] = {
     "neg": neg, "add": add, "sub": sub, "mul": mul, "div": div, "exp": exp, "where": where,
 }  # fmt: skip
 
@@ -186,7 +185,7 @@ def rebuild(node: Node, args: Sequence[Node]) -> Node:
     """`node` on other operands, simplified."""
     op = node.op
     if op in _SIMPLIFIED:
-        return _SIMPLIFIED[op](*args)  # type: ignore[operator]
+        return _SIMPLIFIED[op](*args)
     if op == "dot":
         return dot(args[0], args[1], str(node["axis"]))
     if op == "sum":

@@ -35,7 +35,6 @@ from lmoe_compiler.ir.nodes import (
 from lmoe_compiler.lower import algebra as al
 from lmoe_compiler.lower.program import VALID, ChunkProgram
 
-
 # What stands for the keys' axis of a state that only decays by a scalar.
 NO_AXIS = ""
 

@@ -154,9 +154,8 @@ class Rows:
             inside = (at < span.stop)[None]
         else:
             inside = at < self.lengths.to(at.device)[:, None]
-        return (
-            inside.to(self.sizes.accumulate).unflatten(1, (chunks, -1)).transpose(0, 1)[:, :, None]
-        )
+        rows: Tensor = inside.to(self.sizes.accumulate).unflatten(1, (chunks, self.chunk))
+        return rows.transpose(0, 1).unsqueeze(2)
 
     def output(self) -> Tensor:
         dims = (self.sizes.dims[a] for a in self.program.output.axes)

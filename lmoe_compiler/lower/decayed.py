@@ -50,7 +50,8 @@ def _doubled(sums: Tensor, whole: Tensor, h: int, upper: bool) -> Tensor:
 def corner(weights: Tensor, h: int) -> Tensor:
     """[..., C / 2h, h, h]: upper rows against lower sources of every diagonal block of 2h."""
     blocks = weights.unflatten(-1, (-1, 2, h)).unflatten(-4, (-1, 2, h))
-    return blocks[..., :, 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    lower_left: Tensor = blocks[..., :, 1, :, :, 0, :]
+    return lower_left.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def decayed(r: Tensor, x: Tensor, g: Tensor, strict: bool, exclusive: bool) -> Tensor:

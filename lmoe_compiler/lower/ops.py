@@ -91,7 +91,10 @@ def _solve(node: Node, args: list[Value]) -> Value:
 def solve_unit(matrix: Tensor, right: Tensor, transposed: bool) -> Tensor:
     """(I - l)^-1 b or (I - l)^-T b for the strictly lower part l of `matrix`, by substitution."""
     left = -(matrix.mT if transposed else matrix)
-    return torch.linalg.solve_triangular(left, right, upper=transposed, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(
+        left, right, upper=transposed, unitriangular=True
+    )
+    return solved
 
 
 RULES: dict[str, Rule] = {

@@ -1,8 +1,8 @@
 """How a chunk graph is run over many chunks: everything batched over chunks, but for short loops over what is carried.
 
 `Carry(leaf, following)` is a value handed from chunk to chunk: `following`, computed in one chunk, is the next
-chunk's `leaf` (states go forward, their gradients backward). Each carry has a loop of its own over the few nodes between
-leaf and following; all others are evaluated for all chunks at once, with batch dimensions [N, B, H].
+chunk's `leaf` (states go forward, their gradients backward). Each carry has a loop of its own over the few
+nodes between leaf and following; all others are evaluated for all chunks at once, with batch dimensions [N, B, H].
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The chunk program: the body of a recurrence for ONE chunk of C tokens, (S_in, tokens) -> (S_out, o), scanned over chunks.
+"""The chunk program: the body of a recurrence for ONE chunk of C tokens, scanned over chunks.
+
+(S_in, tokens) -> (S_out, o).
 
 Same nodes as the recurrence IR (ir/nodes.py), with the row axis `t` on every token and `s` for source rows.
 Leaves are `input` nodes:

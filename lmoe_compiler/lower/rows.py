@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def to_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 class Packing:
     """Documents of similar length as rows of one padded batch.
 
-    `documents` are their numbers, `tokens` [D, T] the position of each row's tokens (the last one repeated), `lengths` [D].
+    `documents` are their numbers, `tokens` [D, T] the positions of each row's tokens (the last one repeated),
+    `lengths` [D] how many there are.
     """
 
     documents: Tensor
@@ -75,7 +77,7 @@ def packings(cu_seqlens: Tensor) -> list[Packing]:
     """Every document that has tokens, grouped so that padding at most doubles the rows."""
     bounds: Sequence[int] = cu_seqlens.tolist()
     groups: dict[int, list[int]] = {}
-    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
             groups.setdefault((stop - start - 1).bit_length(), []).append(n)
     result = []

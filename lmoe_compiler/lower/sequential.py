@@ -7,6 +7,7 @@ differentiate the interpreter over one span at a time: memory for T / 64 states 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def scan_backward(
         return grads, _document(program, wide, states, d_output, d_states, grads, 0)
     bounds: list[int] = cu_seqlens.tolist()
     starts = []
-    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, stop) in enumerate(pairwise(bounds)):
         tokens = _cut(program, wide, slice(start, stop))
         own, ends = [x[n : n + 1] for x in states], [d[n : n + 1] for d in d_states]
         starts.append(_document(program, tokens, own, d_output[:, start:stop], ends, grads, start))
