@@ -23,7 +23,7 @@ from torch._decomp import get_decompositions
 from torch._guards import GuardSource, Source
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lmoe_compiler.errors import (
     CapturedTensor,
@@ -233,18 +233,18 @@ class _Sizes:
             text = text.replace(symbol, dim)
         return text
 
-    def number(self, value: Any) -> Node:
+    def number(self, value: Any, loc: Loc | None) -> Node:
         """A Python number, possibly computed from sizes, as an expression."""
         if isinstance(value, (SymInt, SymFloat, SymBool)):
-            return self._expression(value.node.expr)
-        return const(float(value))
+            return self._expression(value.node.expr, loc)
+        return const(float(value), loc)
 
-    def _expression(self, e: sympy.Basic) -> Node:
+    def _expression(self, e: sympy.Basic, loc: Loc | None) -> Node:
         if isinstance(e, sympy.Symbol):
-            return make("size", axis=self.names[str(e)])
+            return make("size", axis=self.names[str(e)], loc=loc)
         if e.is_number:
-            return const(float(e))
-        args = [self._expression(a) for a in e.args]
+            return const(float(e), loc)
+        args = [self._expression(a, loc) for a in e.args]
         kind = type(e).__name__
         if kind == "ToFloat":
             return args[0]
@@ -257,9 +257,9 @@ class _Sizes:
             raise NoMeaning(f"the number {self.spell(str(e))}")
         node = args[0]
         if len(args) == 1:
-            return make(ops[kind], node)
+            return make(ops[kind], node, loc=loc)
         for arg in args[1:]:
-            node = make(ops[kind], node, arg)
+            node = make(ops[kind], node, arg, loc=loc)
         return node
 
     def refuse_guards(self, where: str) -> None:
@@ -321,13 +321,16 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _mutated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Torch's own in-place operation: what it wrote must not be used."""
+        """Torch's own in-place operation on a temporary: the new value takes the old one's place."""
         out = func(*args, **kwargs)
-        unknown = UnsupportedOperation(
+        name = func.overloadpacket.__name__.removesuffix("_")
+        value: Any = UnsupportedOperation(
             f"{func} changes a tensor in place", where=_spot(self.here())
         )
+        if name in RULES and isinstance(out, Tensor):
+            value = self._translate(func, name, args, kwargs, out)
         for x in _tensors((args[0], out), {}):
-            self.define(x, unknown)
+            self.define(x, value)
         return out
 
     def define(self, tensor: Tensor, value: Any) -> None:
@@ -349,7 +352,7 @@ class _Recorder(TorchDispatchMode):
                 raise NoMeaning("this operation")
             first = out if isinstance(out, Tensor) else out[0]
             ctx = Context(loc, self.sizes.axes(first.shape))
-            args, kwargs = self._operands(func, args, kwargs)
+            args, kwargs = self._operands(func, args, kwargs, loc)
             if name == "unbind":
                 dim = args[1] if len(args) > 1 else 0
                 return [RULES["select"](ctx, args[0], dim, i) for i in range(len(out))]
@@ -363,7 +366,9 @@ class _Recorder(TorchDispatchMode):
                 try_="S = S + torch.outer(k, v)   # or einsum, @, .T, broadcasting, torch.func.grad, vmap, ...",
             )  # fmt: skip
 
-    def _operands(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    def _operands(
+        self, func: Any, args: Any, kwargs: Any, loc: Loc | None
+    ) -> tuple[list[Any], dict[str, Any]]:
         """Tensors and operand numbers as Named; dims, flags and shapes as they are."""
         schema = func._schema.arguments
         numbers = {
@@ -374,7 +379,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(x, Tensor):
                 return self.value(x)
             if name in numbers and x is not None:
-                return Named(self.sizes.number(x))
+                return Named(self.sizes.number(x, loc))
             return x
 
         positional = [convert(x, a.name) for x, a in zip(args, schema, strict=False)]
@@ -414,7 +419,8 @@ class _Recorder(TorchDispatchMode):
         fresh = name in ("lift_fresh", "lift_fresh_copy", "detach")
         if id(x) in self.values or (fresh and x.dim() == 0):
             if id(x) not in self.values:
-                self.define(x, Named(const(float(getattr(x, "constant", None) or x))))
+                with _disable_current_modes():
+                    self.define(x, Named(const(float(x), self.here())))
             return
         self._captured(f"a tensor of shape {list(x.shape)}")
 

@@ -30,7 +30,7 @@ def expressions(draw: st.DrawFn, depth: int = 4) -> Node:
     if depth == 0 or draw(st.integers(0, 9)) == 0:
         return draw(_leaves())
     x = draw(expressions(depth=depth - 1))
-    form = draw(st.sampled_from(("function", "pair", "pair", "dot", "sum", "rename", "where", "power")))
+    form = draw(st.sampled_from(("function", "pair", "pair", "dot", "sum", "rename", "where", "power", "log")))
     if form == "function":
         return make(draw(st.sampled_from(FUNCTIONS)), make("tanh", x))
     if form in ("pair", "where"):
@@ -38,6 +38,9 @@ def expressions(draw: st.DrawFn, depth: int = 4) -> Node:
         if form == "pair":
             return make(draw(st.sampled_from(PAIRS)), x, y)
         return make("where", make("gt", x, const(0)), y, draw(_leaves()))
+    if form == "log":
+        positive = make(draw(st.sampled_from(("exp", "sigmoid"))), make("tanh", x))
+        return make("log", make("sum", positive, axis=x.axes[0]) if x.axes else positive)
     if form == "power":
         positive = make("add", make("exp", make("tanh", x)), const(0.5))
         return make("pow", positive, const(draw(st.sampled_from((-2, -1, -0.5, 0.5, 1, 2, 3)))))

@@ -140,9 +140,9 @@ def single(p: Poly) -> tuple[Monomial, Fraction] | None:
 
 
 def the_function(p: Poly, name: str) -> Poly | None:
-    """x if p is exactly name(x)."""
+    """x if p is exactly name(x) (a sum of name(x) over an axis is not)."""
     term = single(p)
-    if term is None or term[1] != 1 or len(term[0]) != 1:
+    if term is None or term[1] != 1 or len(term[0]) != 1 or _is_summed(term[0]):
         return None
     atom, labels = term[0][0]
     return open_atom(atom, labels)[0] if (atom.kind, atom.name) == ("fn", name) else None
