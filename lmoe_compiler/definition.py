@@ -59,7 +59,7 @@ class Recurrence:
     static_dims: tuple[str, ...] = ()
     definition: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False)
     given: Program | None = field(default=None, repr=False)
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """o [B, T, H, ...] of tokens [B, T, H, ...] and heads [H, ...]; call.py has the whole contract."""

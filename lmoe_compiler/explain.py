@@ -1,6 +1,7 @@
-"""`lmoe.explain(model, *args)`: every stage of a compiled model, from the recurrences' IR to the graphs after AOTAutograd.
+"""`lmoe.explain(model, *args)`: every stage of a compiled model, from IR to ATen graphs.
 
-The model is compiled once more with the same passes and without Inductor, and run once forward and backward; nothing about it changes.
+The model is compiled once more, with the same passes and without Inductor, and run once forward and
+backward; nothing about it changes.
 The command `lmoe explain` is in report.py.
 """
 

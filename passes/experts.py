@@ -7,7 +7,8 @@
     h    = silu(grouped_mm(rows, gate)) * grouped_mm(rows, up)
     y    = collect(grouped_mm(h, down) * weights)             weighted sum per token
 
-The nodes are those of `swiglu_experts`, traced: from here on any pass can see and move them. Invariant: no mark is left.
+The nodes are those of `swiglu_experts`, traced: from here on any pass can see and move them.
+Invariant: no mark is left.
 """
 
 from __future__ import annotations

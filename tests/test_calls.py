@@ -6,6 +6,7 @@ The same checks run on fake tensors, so a compiled model reports them too.
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 
 import numpy
@@ -13,7 +14,7 @@ import pytest
 import torch
 from calls import arguments, gated, state
 
-from lmoe_compiler import errors, kernels
+from lmoe_compiler import errors, implementation, kernels, layout
 from lmoe_compiler.config import Environment, Options, environment
 
 Q, K, V, G, U = range(5)
@@ -282,3 +283,23 @@ def test_debug_prints_stages_of_a_recurrence_once(variables, capsys):
     assert printed.count("-- ir: gated, recurrence IR ") == 1
     assert printed.count("-- chunk: gated, chunk program ") == 1
     assert "analysis" not in printed
+
+
+def test_auto_falls_back_and_says_so_once():
+    """Kernels have no float64; on a GPU such a call runs with torch, after one warning with the reason."""
+    on_gpu = [layout.Spec(x.shape, x.dtype, torch.device("cuda")) for x in arguments()]
+    implementation._say_once.cache_clear()
+    with pytest.warns(errors.FallbackWarning, match=r"gated runs with torch(.|\n)*float64"):
+        chosen = implementation.choose("scan", gated.ir, on_gpu, Options())
+    assert chosen.__module__ == implementation.TORCH
+    with warnings.catch_warnings(action="error"):
+        implementation.choose("scan", gated.ir, on_gpu, Options())
+    with pytest.raises(errors.ImplementationUnavailable, match="float64"):
+        implementation.choose("scan", gated.ir, on_gpu, Options(implementation="triton"))
+
+
+def test_vmap_over_offsets_is_refused():
+    inputs = arguments(B=1, T=7)
+    packings = torch.stack([offsets(0, 3, 7), offsets(0, 5, 7)])
+    with pytest.raises(errors.UnsupportedTransform, match="cu_seqlens of gated"):
+        torch.func.vmap(lambda c: gated(*inputs, cu_seqlens=c))(packings)
