@@ -51,6 +51,8 @@ def shape_of(value: Value, plan: Plan, extent: Extent) -> tuple[int, ...]:
     axes = [sizes[a.rstrip("'")] for a in value.axes]
     if value.per == "row":
         return (extent.batch, extent.length, plan.heads, *axes)
+    if value.per == "vector":
+        return (plan.heads, extent.batch * extent.length)
     if value.per == "chunk":
         return (extent.slots, plan.heads, *axes)
     if value.per == "segment":
@@ -65,6 +67,7 @@ class Launcher:
         self.plan, self.kernel = plan, kernel
         self.function = getattr(module, function_name(plan, kernel))
         self.names = tuple(printer.args)
+        self.needs_tokens = printer.needs_tokens
         self.constants = _constants(plan, printer.constant_names())
         self.tiles = 1
         for axis, block in kernel.tiles:
@@ -83,7 +86,7 @@ class Launcher:
         args: list[Any] = [tensors[name] for name in self.names]
         if cu_seqlens is not None:
             args += [cu_seqlens, extent.sequences]
-        if any(s.value.parts for s in self.kernel.stores):
+        if self.needs_tokens:
             args.append(extent.batch * extent.length)
         self.function[grid](*args, extent.length, **self.constants, **self.options)
 

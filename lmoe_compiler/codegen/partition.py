@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from lmoe_compiler.codegen.plan import (
     Carry,
@@ -212,7 +212,12 @@ class Partition:
         axes = tuple(a for a in factor.axes if a != ROW)
         if user.op == "dot" and user["axis"] in (ROW, SOURCE) and set(factor.axes) == {ROW, SOURCE}:
             return Value(f"{_label(factor)}_{number}", (SOURCE,), "row")
-        if not self.choice.prepare_rows or factor.op == "input" or not _has_token(factor):
+        if factor.op == "input" or not _has_token(factor):
+            return None
+        if factor.axes in ((ROW,), ()) and user.op != "dot":
+            per: Literal["vector", "chunk"] = "vector" if factor.axes else "chunk"
+            return Value(f"{per}_{number}", (), per, "fp32")
+        if not self.choice.prepare_rows:
             return None
         if user.op == "dot" and ROW in factor.axes and len(axes) == 1 and axes[0] != SOURCE:
             return Value(f"rows_{number}", axes, "row")

@@ -58,6 +58,7 @@ class Value:
     """A tensor between kernels, or to or from the caller.
 
     per row       [B, T, H, *axes]; the axis `s` has the length of a chunk
+    per vector    [H, B * T], one number per token, contiguous along the tokens of a head
     per chunk     [slots, H, *axes], a slot per chunk of each sequence
     per sequence  [N, H, *axes]
     per segment   [N * segments, H, *axes]
@@ -68,7 +69,7 @@ class Value:
 
     name: str
     axes: tuple[str, ...]
-    per: Literal["row", "chunk", "sequence", "segment", "head"]
+    per: Literal["row", "vector", "chunk", "sequence", "segment", "head"]
     dtype: Literal["dot", "fp32", "given"] = "dot"
     parts: int = 0
 

@@ -21,7 +21,9 @@ def factor_of(node: Node, leaf: Node) -> Node | None:
         return make("const", value=0.0)
     if node.op in ("add", "sub"):
         first, second = (factor_of(a, leaf) for a in node.args)
-        if first is None or second is None or _is(second, 0.0):
+        if first is None or second is None:
+            return None
+        if _is(second, 0.0):
             return first
         return second if _is(first, 0.0) and node.op == "add" else None
     if node.op == "mul":

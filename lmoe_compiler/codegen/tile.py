@@ -243,7 +243,11 @@ def _factors(build: Builder, x: Node) -> tuple[Node, list[Node]]:
 
 
 def _renamed(build: Builder, x: Node, rename: Node) -> Node:
-    return build.make("rename", x, old=rename["old"], new=rename["new"]) if rename["old"] in x.axes else x
+    return (
+        build.make("rename", x, old=rename["old"], new=rename["new"])
+        if rename["old"] in x.axes
+        else x
+    )
 
 
 def _solve(build: Builder, node: Node, args: list[Node]) -> Node:

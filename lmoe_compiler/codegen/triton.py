@@ -83,6 +83,7 @@ class KernelPrinter:
             (axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner
         ]
         self.in_loop = False
+        self.at = ("i_t", "m_t")
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1
 
@@ -131,17 +132,17 @@ class KernelPrinter:
         self, pointer: str, axes: Sequence[str], heads: str, head: str
     ) -> tuple[str, str, tuple[str, ...]]:
         """Pointers [C, *axes] of the rows of this chunk, the mask, and the dimensions."""
-        width = self.width(axes)
+        width, (row, mask) = self.width(axes), self.at
         for a in axes:
             if a != SOURCE:
                 self.axes_used[self.axis(a)] = None
         dims = tuple(sorted((ROW, *axes), key=self.order))
         rows = spread("o_t", [ROW], dims)
         terms = [
-            f"{pointer} + (i_t * {heads} + {head}) * ({width})",
+            f"{pointer} + ({row} * {heads} + {head}) * ({width})",
             f"{rows} * ({heads} * {width})",
         ]
-        masks = [spread("m_t", [ROW], dims)]
+        masks = [spread(mask, [ROW], dims)]
         for position, axis in enumerate(axes):
             rest = " * ".join(
                 "C" if a == SOURCE else identifier(self.axis(a)) for a in axes[position + 1 :]
@@ -167,12 +168,20 @@ class KernelPrinter:
                 masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
         return " + ".join(terms), " & ".join(masks), dims
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether addresses depend on the number of tokens of the whole call."""
+        return any(v.parts or v.per == "vector" for v in self.values())
+
     def place(self, value: Value, name: str) -> tuple[str, str, tuple[str, ...]]:
         if value.per == "row":
             if value.parts:
                 (axis,) = self.kernel.tile_sizes
                 name = f"{name} + i_{identifier(axis)}.to(tl.int64) * TOKENS * (H * ({self.width(value.axes)}))"
             return self.row_block(name, value.axes, "H", "i_h")
+        if value.per == "vector":
+            row, mask = self.at
+            return f"{name} + i_h.to(tl.int64) * TOKENS + {row} + o_t", mask, (ROW,)
         index = {
             "chunk": "(i_slot * H + i_h)",
             "sequence": "(i_n.to(tl.int64) * H + i_h)",
@@ -423,7 +432,7 @@ class KernelPrinter:
         params = [*self.args]
         params += ["cu_seqlens", "N"] if self.plan.varlen else []
         constants = self.constant_names()
-        params += ["TOKENS"] if any(s.value.parts for s in self.kernel.stores) else []
+        params += ["TOKENS"] if self.needs_tokens else []
         signature = ", ".join(params + ["T"])
         constexprs = ", ".join(f"{c}: tl.constexpr" for c in constants)
         skip = ", ".join(f'"{p}"' for p in params + ["T"] if p in ("N", "TOKENS", "T"))
@@ -580,6 +589,7 @@ class KernelPrinter:
         for carry, name in zip(self.kernel.carries, names, strict=True):
             self.print_start(carry, name)
         reverse = self.kernel.order == "reverse"
+        rotated = self.print_first(reverse)
         chunks = "range(0, n_c)" if self.kernel.segments == 1 else "range(i_first, i_last)"
         self.write(f"for i_r in {chunks}:" if reverse else f"for i_c in {chunks}:")
         self.depth += 1
@@ -591,6 +601,7 @@ class KernelPrinter:
                 "i_slot = "
                 + ("bos // C + i_n + i_c" if self.plan.varlen else "i_n.to(tl.int64) * n_c + i_c")
             )
+        self.print_rotation(rotated, reverse)
         leaves = [c.leaf for c in self.kernel.carries]
         for store in sorted(self.kernel.stores, key=lambda s: s.node not in leaves):
             self.store(store.node, store.value)
@@ -603,6 +614,55 @@ class KernelPrinter:
             if carry.end is not None:
                 self.print_end(carry.end, name, carry.axes)
         return self.lines
+
+    def rotates(self, node: Node) -> bool:
+        """Whether a load should be in flight for a whole iteration: a block that no product takes as it is.
+
+        The compiler copies blocks that products use directly to shared memory ahead of time, and no others.
+        """
+        if not self.is_load(node) or len(node.axes) != 2 or ROW not in node.axes:
+            return False
+        same = {node} | {
+            n for n in self.nodes if n.op == "rename" and n.args[0] is node and n not in self.cut
+        }
+        users = [n for n in self.nodes if n not in self.cut and any(a in same for a in n.args)]
+        return not any(n.op == "dot" and len(n.axes) == 2 for n in users)
+
+    def print_first(self, reverse: bool) -> list[tuple[Node, str]]:
+        """The first chunk's blocks of rotated loads, before the loop."""
+        nodes = [n for n in self.nodes if self.rotates(n)]
+        if not nodes or self.kernel.tuning.num_stages < 2:
+            return []
+        first = "i_first" if self.kernel.segments > 1 else "0"
+        last = "i_last" if self.kernel.segments > 1 else "n_c"
+        self.write(f"i_c = {f'{last} - 1' if reverse else first}")
+        self.print_rows()
+        rotated = []
+        for node in nodes:
+            block = self.blocks.pop(id(node)) if id(node) in self.blocks else self.fetch(node)
+            name = f"{block.text}_next"
+            self.write(f"{name} = {block.text}")
+            rotated.append((node, name))
+        return rotated
+
+    def fetch(self, node: Node) -> Block:
+        return self.load(self.loads[id(node)]) if id(node) in self.loads else self.input(node)
+
+    def print_rotation(self, rotated: Sequence[tuple[Node, str]], reverse: bool) -> None:
+        """Takes the blocks loaded an iteration ago and loads the next chunk's."""
+        if not rotated:
+            return
+        self.write(f"i_ahead = i_c {'-' if reverse else '+'} 1")
+        self.write("i_t_ahead = bos + i_ahead * C")
+        self.write("m_t_ahead = (i_ahead >= 0) & (i_ahead * C + o_t < T)")
+        self.at = ("i_t_ahead", "m_t_ahead")
+        for node, name in rotated:
+            own = name.removesuffix("_next")
+            self.write(f"{own} = {name}")
+            block = self.fetch(node)
+            self.write(f"{name} = {block.text}")
+            self.blocks[id(node)] = Block(own, block.dims, block.type)
+        self.at = ("i_t", "m_t")
 
     def values(self) -> Iterable[Value]:
         return [*(s.value for s in self.kernel.stores), *(load.value for load in self.kernel.loads)]
