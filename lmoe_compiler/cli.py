@@ -14,7 +14,7 @@ COMMANDS = {
     "train": ("lmoe_compiler.train.run", "train a language model on text, compiled"),
     "generate": ("lmoe_compiler.train.generate", "continue prompts with a trained model"),
     "explain": ("lmoe_compiler.report", "every stage of a recurrence, as text"),
-    "bench": ("lmoe_compiler.bench", "time recurrences"),
+    "bench": ("lmoe_compiler.bench", "time generated kernels on a GPU"),
 }
 
 _EXTRA = "pip install 'lmoe-compiler[train]'"

@@ -1,15 +1,45 @@
-"""`lmoe explain NAME`: the stages of a recurrence that comes with the package, as text."""
+"""`lmoe explain NAME`: every stage of a recurrence of the package, or of a whole model, as text."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
+import torch
+
+from lmoe_compiler.explain import explain
 from lmoe_compiler.models import RECURRENCES
+from lmoe_compiler.models.config import ModelConfig
+from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
+
+_MODEL = "model"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print every stage of one recurrence."""
-    parser = argparse.ArgumentParser(prog="lmoe explain", description=__doc__)
-    parser.add_argument("name", choices=sorted(RECURRENCES), help="a recurrence of the package")
-    print(RECURRENCES[parser.parse_args(argv).name].explain())
+def main(argv: Sequence[str]) -> int:
+    """Print the stages of one recurrence, or of a small model's forward and backward."""
+    names = ", ".join(sorted(RECURRENCES))
+    parser = argparse.ArgumentParser(
+        prog="lmoe explain", description=__doc__, epilog=f"recurrences: {names}"
+    )
+    parser.add_argument(
+        "name",
+        choices=[_MODEL, *sorted(RECURRENCES)],
+        metavar="NAME",
+        help="a recurrence of the package, or model",
+    )
+    parser.add_argument("--pattern", default="LN", help="layers of the model (default: LN)")
+    parser.add_argument(
+        "--mixer", default="gated_delta_rule", help="its L layers (default: gated_delta_rule)"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.name != _MODEL:
+        print(RECURRENCES[arguments.name].explain())
+        return 0
+    config = ModelConfig(
+        num_layers=len(arguments.pattern),
+        layer_pattern=arguments.pattern,
+        mixers={"L": arguments.mixer, "N": "attention"},
+    )
+    ids = torch.randint(0, config.vocab_size, (2, 65))
+    print(explain(LinearMoEForCausalLM(config), ids[:, :-1], ids[:, 1:]))
+    return 0

@@ -18,6 +18,11 @@ def _default_mixers() -> dict[str, Any]:
     return {"L": "gated_delta_rule", "N": ATTENTION}
 
 
+def _option(default: Any, what: str) -> Any:
+    """A field with one line on what it is, which `lmoe train --help` shows."""
+    return field(default=default, metadata={"help": what})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A causal language model: embedding, `num_layers` blocks of token mixer and MLP, a norm, a
@@ -28,33 +33,33 @@ class ModelConfig:
     "attention". `num_experts=0` makes every MLP dense, of size `expert_size`.
     """
 
-    vocab_size: int = 256
-    hidden_size: int = 128
-    num_layers: int = 4
-    layer_pattern: str = "LLLN"
+    vocab_size: int = _option(256, "different tokens")
+    hidden_size: int = _option(128, "width of the residual stream")
+    num_layers: int = _option(4, "blocks")
+    layer_pattern: str = _option("LLLN", "a letter a layer, repeated: L recurrence, N softmax")
     mixers: Mapping[str, Any] = field(default_factory=_default_mixers)
 
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    rope_theta: float = 10_000.0
+    num_heads: int = _option(4, "query heads of softmax layers")
+    num_kv_heads: int = _option(2, "their key-value heads")
+    head_dim: int = _option(32, "their size")
+    rope_theta: float = _option(10_000.0, "slowest rotation of positions")
 
-    linear_heads: int = 4
-    key_dim: int = 32
-    value_dim: int = 32
-    conv_size: int = 4
+    linear_heads: int = _option(4, "heads of recurrent layers")
+    key_dim: int = _option(32, "K: rows of a head's state")
+    value_dim: int = _option(32, "V: columns of a head's state")
+    conv_size: int = _option(4, "tokens that a short convolution sees")
 
-    num_experts: int = 8
-    top_k: int = 2
-    expert_size: int = 128
-    shared_expert_size: int = 128
-    renormalise: bool = True
-    aux_loss_weight: float = 0.01
-    z_loss_weight: float = 0.001
+    num_experts: int = _option(8, "experts of a layer; 0: dense MLPs")
+    top_k: int = _option(2, "experts a token goes to")
+    expert_size: int = _option(128, "width of an expert, or of a dense MLP")
+    shared_expert_size: int = _option(128, "width of the expert that all tokens visit; 0: none")
+    renormalise: bool = _option(True, "weights of the chosen experts add to 1")
+    aux_loss_weight: float = _option(0.01, "of the loss that balances experts")
+    z_loss_weight: float = _option(0.001, "of the loss that keeps router logits small")
 
-    tie_embeddings: bool = False
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    tie_embeddings: bool = _option(False, "embedding and head share their weights")
+    norm_eps: float = _option(1e-6, "added to mean squares")
+    init_std: float = _option(0.02, "of initial weights")
 
     def __post_init__(self) -> None:
         _check_sizes(self)

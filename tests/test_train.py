@@ -401,6 +401,25 @@ def test_small_drawings():
 # -- the command ---------------------------------------------------------------------------------
 
 
+def test_every_command_has_help(capsys):
+    for command in ("train", "generate", "explain"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"lmoe {command}" in capsys.readouterr().out
+    assert cli.main(["bench"]) == 0
+    assert "lmoe bench" in capsys.readouterr().out
+
+
+def test_explain_shows_a_recurrence_and_a_model(capsys):
+    assert cli.main(["explain", "gla"]) == 0
+    assert "recurrence gla" in capsys.readouterr().out
+    assert cli.main(["explain", "model", "--pattern", "LN", "--mixer", "gla"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("recurrence gla", "lmoe.experts", "lmoe.grouped_mm", "backward"):
+        assert part in printed, part
+
+
 def test_help_and_mistakes(capsys):
     assert cli.main([]) == 0
     assert "lmoe train" in capsys.readouterr().out

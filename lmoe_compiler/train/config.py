@@ -20,57 +20,49 @@ DTYPES = ("fp32", "bf16")
 COMPILERS = ("auto", "inductor", "aot_eager", "eager", "none")
 
 
+def option(default: Any, what: str) -> Any:
+    """A field with its line of `--help`."""
+    return field(default=default, metadata={"help": what})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. With `steps=0` it ends, and the learning rate anneals, by the clock (`minutes`)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
 
-    # files, folders and globs of text; none: the Python standard library's sources on this machine
-    data: tuple[str, ...] = ()
-    # a tokenizer.json, or empty for bytes
-    tokenizer: str = ""
-    # share of the files that is held out, chosen by their hash
-    held_out: float = 0.05
-    # folder of this run: checkpoints, logs, curves, sample
-    out: str = "runs/default"
-    # runs whose held-out curve is drawn beside this one's
-    compare: tuple[str, ...] = ()
+    data: tuple[str, ...] = option((), "text files, folders, globs; none: Python's own sources")
+    tokenizer: str = option("", "a tokenizer.json; empty: bytes")
+    held_out: float = option(0.05, "share of the files that is held out, chosen by their hash")
+    out: str = option("runs/default", "folder of the run")
+    compare: tuple[str, ...] = option((), "runs whose curves are drawn beside this one's")
 
-    minutes: float = 10.0
-    # train this many steps, whatever the time: the deterministic mode
-    steps: int = 0
-    sequence_length: int = 256
-    batch_size: int = 8
-    # micro-batches of batch_size sequences added up for one step
-    accumulate: int = 1
-    seed: int = 0
+    minutes: float = option(10.0, "length of the run by the clock")
+    steps: int = option(0, "length of the run in steps instead, the deterministic mode")
+    sequence_length: int = option(256, "tokens of a training window")
+    batch_size: int = option(8, "windows at a time")
+    accumulate: int = option(1, "batches that are added up for one step")
+    seed: int = option(0, "of the weights and the batches")
 
-    learning_rate: float = 3e-3
-    # where the cosine ends, as a share of learning_rate
-    final_rate: float = 0.02
-    # share of the run that the learning rate rises in
-    warmup: float = 0.02
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    # largest norm of a step's gradient
-    clip: float = 1.0
+    learning_rate: float = option(3e-3, "at its peak")
+    final_rate: float = option(0.02, "where the cosine ends, as a share of the peak")
+    warmup: float = option(0.02, "share of the run in which the rate rises")
+    weight_decay: float = option(0.1, "of matrices")
+    beta1: float = option(0.9, "AdamW's")
+    beta2: float = option(0.95, "AdamW's")
+    clip: float = option(1.0, "largest norm of a step's gradient")
 
-    dtype: str = "fp32"
-    # auto, cpu or cuda
-    device: str = "auto"
-    # inner compiler below our backend: auto is inductor where there is a C++ compiler, else
-    # aot_eager; none trains the module as it stands
-    compiler: str = "auto"
-    # evaluations on held-out text, with a checkpoint each, spread over the run
-    evaluations: int = 10
-    # held-out tokens of each evaluation, and of the last one
-    evaluation_tokens: int = 32_768
-    final_tokens: int = 131_072
-    # newest checkpoints that stay
-    keep: int = 2
-    sample_tokens: int = 400
+    dtype: str = option("fp32", "fp32, or bf16 by autocast")
+    device: str = option("auto", "auto, cpu or cuda")
+    compiler: str = option(
+        "auto",
+        "below our backend: inductor, aot_eager, eager; none: not compiled; auto: inductor if there is a C++ compiler",
+    )
+    evaluations: int = option(10, "on held-out text, each with a checkpoint, over the run")
+    evaluation_tokens: int = option(32_768, "held-out tokens of an evaluation")
+    final_tokens: int = option(131_072, "held-out tokens of the last one")
+    keep: int = option(2, "newest checkpoints that stay")
+    sample_tokens: int = option(400, "length of the sample at the end")
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", DTYPES), ("compiler", COMPILERS)):
@@ -97,6 +89,10 @@ class TrainConfig:
 
 
 _Config = TypeVar("_Config", TrainConfig, ModelConfig)
+# The mixers have a flag of their own, and the tokenizer knows the vocabulary.
+_NO_FLAG = ("model", "mixers", "vocab_size")
+_ALIASES = {"layer_pattern": ("--pattern",)}
+_METAVARS = {int: "N", float: "X", str: "S", bool: "true|false"}
 
 
 def flag(name: str) -> str:
@@ -110,23 +106,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixer", metavar="NAME", help="the recurrence of the L layers")
     for title, owner in (("training", TrainConfig), ("model", ModelConfig)):
         group = parser.add_argument_group(title)
-        for option in dataclasses.fields(owner):
-            if option.name in ("model", "mixers"):
-                continue
-            names = [flag(option.name)]
-            if option.name == "layer_pattern":
-                names.append("--pattern")
-            default = option.default
-            several = isinstance(default, tuple)
-            group.add_argument(
-                *names,
-                dest=option.name,
-                default=argparse.SUPPRESS,
-                type=_truth if isinstance(default, bool) else str if several else type(default),
-                nargs="*" if several else None,
-                metavar=type(default).__name__ if not several else "PATH",
-                help="(default: none)" if several else f"(default: {default})",
-            )
+        for one in dataclasses.fields(owner):
+            if one.name not in _NO_FLAG:
+                _add_flag(group, one)
+
+
+def _add_flag(group: argparse._ArgumentGroup, one: dataclasses.Field[Any]) -> None:
+    default = one.default
+    several = isinstance(default, tuple)
+    shown = "" if several or default == "" else f" (default: {default})"
+    group.add_argument(
+        flag(one.name),
+        *_ALIASES.get(one.name, ()),
+        dest=one.name,
+        default=argparse.SUPPRESS,
+        type=_truth if isinstance(default, bool) else str if several else type(default),
+        nargs="*" if several else None,
+        metavar="PATH" if several else _METAVARS[type(default)],
+        help=one.metadata["help"] + shown,
+    )
 
 
 def _truth(text: str) -> bool:

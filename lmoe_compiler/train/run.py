@@ -44,6 +44,7 @@ _PROMPT_BYTES = 64
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lmoe train",
+        usage="lmoe train [options]",
         description="Train a Linear-MoE language model on text, compiled through our backend.",
         epilog="Without --data it reads the Python standard library's sources. "
         'Example: lmoe train --data "books/**/*.txt" --minutes 30',
