@@ -5,6 +5,7 @@ from lmoe_compiler.backend import compile
 from lmoe_compiler.definition import Recurrence, parse, recurrence
 from lmoe_compiler.dims import Dim, Head, State, Token
 from lmoe_compiler.explain import explain
+from lmoe_compiler.parallel import parallelize
 
 __all__ = [
     "Dim",
@@ -15,6 +16,7 @@ __all__ = [
     "compile",
     "errors",
     "explain",
+    "parallelize",
     "parse",
     "recurrence",
 ]

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.debug import show
+from lmoe_compiler.parallel import follow_tokens
 from lmoe_compiler.passes import pipeline
 from lmoe_compiler.passes.base import GraphRecord, Record, readable
 from lmoe_compiler.passes.match import find
@@ -128,10 +129,14 @@ def compile(
         return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
     chosen = CompileOptions.of(options)
     spread = chosen.sequence_parallel is not None or chosen.expert_parallel is not None
-    return torch.compile(
+    if spread:
+        # Process groups are made here, on all ranks in one order, never in the middle of a compilation.
+        pipeline(chosen)
+    compiled = torch.compile(
         model,
         backend=lmoe_backend,
         options=options,
         fullgraph=spread if fullgraph is None else fullgraph,
         dynamic=dynamic,
     )
+    return follow_tokens(compiled, chosen.sequence_dim) if spread else compiled

@@ -78,6 +78,7 @@ class Options:
         return Options().with_(values)
 
 
+SCHEDULES = ("auto", "all_gather", "transpose")
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -87,6 +88,8 @@ class CompileOptions:
 
     inner: the compiler below our passes. disable: names of passes to leave out. mode, inductor: Inductor's settings.
     mesh, sequence_parallel, expert_parallel (names of mesh axes) and sequence_dim: how the model is spread over ranks.
+    schedule: how recurrences exchange states, "auto" (the planner's choice), "all_gather" or "transpose".
+    sum_gradients: sum gradients of replicated parameters over the sequence axis; False where DDP or FSDP2 does it.
     record: an object that keeps what happened (passes/base.py); `lmoe.explain` sets it.
     """
 
@@ -96,6 +99,8 @@ class CompileOptions:
     sequence_parallel: str | None = None
     expert_parallel: str | None = None
     sequence_dim: int = 1
+    schedule: str = "auto"
+    sum_gradients: bool = True
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     record: Any = field(default=None, repr=False)
@@ -121,6 +126,12 @@ class CompileOptions:
                 f"inner={self.inner!r} is not a compiler",
                 why=f"below our passes there is {', '.join(INNER)}",
                 try_='lmoe.compile(model, inner="aot_eager")',
+            )
+        if self.schedule not in SCHEDULES:
+            raise InvalidOption(
+                f"schedule={self.schedule!r} does not exist",
+                why=f"state exchanges are {', '.join(SCHEDULES)}",
+                try_='lmoe.compile(model, ..., schedule="auto")',
             )
         for name in ("sequence_parallel", "expert_parallel"):
             axis = getattr(self, name)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.short_convolution import document_starts
 
-
 _LIBRARY = torch.library.Library("lmoe", "FRAGMENT")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens=None, Tensor? offset=None)"

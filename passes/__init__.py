@@ -3,7 +3,15 @@
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.passes.base import GraphPass, PassPipeline, Record
 from lmoe_compiler.passes.canonicalize import Canonicalize
+from lmoe_compiler.passes.expert_parallel import ExpertParallel
 from lmoe_compiler.passes.experts import LowerExperts
+from lmoe_compiler.passes.gradients import SumGradients
+from lmoe_compiler.passes.halo import Halo
+from lmoe_compiler.passes.losses import GlobalNumbers
+from lmoe_compiler.passes.overlap import Overlap
+from lmoe_compiler.passes.sequence_parallel import SequenceParallel
+from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
+from lmoe_compiler.runtime.mesh import axis_of
 
 __all__ = ["GraphPass", "PassPipeline", "Record", "pipeline"]
 
@@ -13,7 +21,33 @@ def pipeline(options: CompileOptions) -> PassPipeline:
     passes: tuple[GraphPass, ...] = (
         # First: what follows matches fewer spellings, and a dead layer gets no collectives.
         Canonicalize(),
+        *_spread(options),
         # After the parallel passes, which replace the marks of layers that are spread over ranks by their own form.
         LowerExperts(),
     )
     return PassPipeline(passes, options.disable)
+
+
+def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
+    """The passes that make a graph one rank's part of a model."""
+    passes: list[GraphPass] = []
+    tokens = options.sequence_parallel and axis_of(options.mesh, options.sequence_parallel)
+    experts = options.expert_parallel and axis_of(options.mesh, options.expert_parallel)
+    if tokens:
+        dim = options.sequence_dim
+        passes += [
+            # Finds the token axis for all of these, so it sees the graph as the user wrote it.
+            SequenceParallel(tokens, dim, options.schedule),
+            Halo(tokens, dim),
+            SoftmaxParallel(tokens, dim),
+            GlobalNumbers(tokens, dim),
+        ]
+    if experts:
+        passes.append(ExpertParallel(experts))
+    if tokens and options.sum_gradients:
+        # After ExpertParallel, which says whose weights are not replicated.
+        passes.append(SumGradients(tokens, options.expert_parallel))
+    if passes:
+        # Last: it moves waits behind whatever the others have put into the graph.
+        passes.append(Overlap())
+    return tuple(passes)

@@ -19,11 +19,14 @@ from lmoe_compiler.runtime.mesh import Axis
 
 @dataclass(frozen=True)
 class SumGradients:
-    """Puts `sum_gradient` behind every parameter. `sharded`: operands that are this rank's own
-    (expert weights).
+    """Puts `sum_gradient` behind every parameter. `expert_axis`: the axis that experts are cut
+    over.
+
+    Experts cut over this very axis have had the tokens of all its ranks.
     """
 
     axis: Axis
+    expert_axis: str | None = None
     name: str = "gradients"
     changes_numerics: bool = False
 
@@ -32,7 +35,7 @@ class SumGradients:
         parameters = [n for n in gm.graph.nodes if n.op == "placeholder" and is_parameter(n)]
         inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         for node in parameters:
-            if node.meta.get("lmoe_sharded"):
+            if node.meta.get("lmoe_experts") and self.expert_axis == self.axis.name:
                 continue
             edit = Editor(gm, self.name)
             edit.anchor = inputs[-1].next

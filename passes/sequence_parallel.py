@@ -24,21 +24,23 @@ from torch import fx
 from lmoe_compiler.errors import NotShardable
 from lmoe_compiler.layout import map_axes
 from lmoe_compiler.library import parse
-from lmoe_compiler.passes import token_axis
+from lmoe_compiler.passes import planner, token_axis
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.shard import Shard
 from lmoe_compiler.passes.splice import Editor, layer_of, where
 from lmoe_compiler.runtime import exchange, sequence
 from lmoe_compiler.runtime.mesh import Axis
+from lmoe_compiler.runtime.topology import Topology
 
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """Gives every `lmoe::scan` its entry state. `schedule`: one of exchange.SCHEDULES."""
+    """Gives every `lmoe::scan` its entry state. `schedule`: one of exchange.SCHEDULES, or "auto"."""
 
     axis: Axis
     sequence_dim: int = 1
-    schedule: str = "transpose"
+    schedule: str = "auto"
+    topology: Topology | None = None
     name: str = "sequence_parallel"
     changes_numerics: bool = False
 
@@ -47,46 +49,55 @@ class SequenceParallel:
         shard = Shard.of(gm, self.axis, self.sequence_dim)
         for node in shard.tokens.marked:
             if token_axis.operator(node) == "scan":
-                _exchange(shard, node, self.schedule)
-                report.add(
-                    "recurrences", f"{layer_of(node)}: {self.schedule} over {self.axis.size} ranks"
-                )
+                choice = self._exchange(shard, node)
+                report.add("recurrences", f"{layer_of(node)}: {choice}")
         if report.counts:
             Editor(gm, self.name).finish()
         return report
 
+    def _exchange(self, shard: Shard, node: fx.Node) -> planner.Choice:
+        """Put span map, exchange and entry state before one scan."""
+        text, inputs, states, documents, options = node.args
+        assert isinstance(text, str)
+        program = parse(text)
+        axes = [
+            (" ".join(var.axes), None if m is None else " ".join(m))
+            for var, m in zip(program.states, map_axes(program), strict=True)
+        ]
+        _refuse_states(node, states, len(axes))
+        edit = Editor(shard.gm, self.name)
+        edit.anchor = node
+        token = _token_input(program, inputs)
+        local, enters = None, None
+        if documents is not None:
+            last = edit.call(sequence.last_document, documents, shard.offset(), token)
+            local, enters = (edit.call(operator.getitem, last, i) for i in (0, 1))
+        span = edit.call(torch.ops.lmoe.span_map.default, text, inputs, local, options)
+        parts = [edit.call(operator.getitem, span, i) for i in range(_count(axes))]
+        if enters is not None:
+            parts, axes = _reset(edit, parts, axes, enters)
+        choice = self._choose(parts, len(axes))
+        call = (choice.schedule, shard.axis.size, shard.axis.groups["state"])
+        flight = edit.call(exchange.start, parts, *call)
+        entries = edit.call(exchange.finish, flight, parts, shard.rank(), tuple(axes), *call)
+        entry = [edit.call(operator.getitem, entries, i) for i in range(len(axes))]
+        if documents is not None:
+            entry = [edit.call(sequence.place, x, documents, shard.offset()) for x in entry]
+            documents = edit.call(sequence.local_documents, documents, shard.offset(), token)
+        node.args = (text, inputs, entry, documents, options)
+        return choice
 
-def _exchange(shard: Shard, node: fx.Node, schedule: str) -> None:
-    """Put span map, exchange and entry state before one scan."""
-    text, inputs, states, documents, options = node.args
-    assert isinstance(text, str)
-    program = parse(text)
-    axes = [
-        (" ".join(var.axes), None if m is None else " ".join(m))
-        for var, m in zip(program.states, map_axes(program), strict=True)
-    ]
-    _refuse_states(node, states, len(axes))
-    edit = Editor(shard.gm, "sequence_parallel")
-    edit.anchor = node
-    token = _token_input(node, program, inputs)
-    local, enters = None, None
-    if documents is not None:
-        local = edit.call(sequence.last_document, documents, shard.offset(), token)
-        enters = edit.call(operator.getitem, local, 1)
-        local = edit.call(operator.getitem, local, 0)
-    span = edit.call(torch.ops.lmoe.span_map.default, text, inputs, local, options)
-    count = sum(m is not None for _, m in axes)
-    parts = [edit.call(operator.getitem, span, i) for i in range(count + len(axes))]
-    if enters is not None:
-        parts, axes = _reset(edit, parts, axes, enters)
-    call = (schedule, shard.axis.size, shard.axis.groups["state"])
-    flight = edit.call(exchange.start, parts, *call)
-    entries = edit.call(exchange.finish, flight, parts, shard.rank(), tuple(axes), *call)
-    entry = [edit.call(operator.getitem, entries, i) for i in range(len(axes))]
-    if documents is not None:
-        entry = [edit.call(sequence.place, x, documents, shard.offset()) for x in entry]
-        documents = edit.call(sequence.local_documents, documents, shard.offset(), token)
-    node.args = (text, inputs, entry, documents, options)
+    def _choose(self, parts: list[fx.Node], num_states: int) -> planner.Choice:
+        values = [part.meta["example_value"] for part in parts]
+        sizes = [x.numel() * x.element_size() for x in values]
+        topology = self.topology or planner.topology_of(values[0].device.type)
+        maps, states = sum(sizes[:-num_states]), sum(sizes[-num_states:])
+        return planner.choose(self.schedule, self.axis.size, states, maps, topology)
+
+
+def _count(axes: list[tuple[str, str | None]]) -> int:
+    """Results of span_map: a map of each state that has one, and an end of each."""
+    return len(axes) + sum(m is not None for _, m in axes)
 
 
 def _reset(edit: Editor, parts: list[fx.Node], axes: list[Any], enters: fx.Node) -> Any:
@@ -103,7 +114,7 @@ def _reset(edit: Editor, parts: list[fx.Node], axes: list[Any], enters: fx.Node)
     return [*out, *ends], [(state, m or "") for state, m in axes]
 
 
-def _token_input(node: fx.Node, program: Any, inputs: Any) -> fx.Node:
+def _token_input(program: Any, inputs: Any) -> fx.Node:
     return next(x for x, var in zip(inputs, program.inputs, strict=True) if var.kind == "token")
 
 

@@ -77,7 +77,10 @@ class Editor:
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
         node.meta["lmoe"] = self.made_by
-        with self.mode or contextlib.nullcontext():
+        # Sizes that only the data knows (splits of an all-to-all) are made again by AOTAutograd.
+        shapes = self.mode.shape_env if self.mode else None
+        fresh = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
+        with self.mode or contextlib.nullcontext(), fresh:
             node.meta["example_value"] = run(node)
         return node
 

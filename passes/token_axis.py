@@ -244,7 +244,9 @@ class _Watch(TorchDispatchMode):
     def _pairs(self, x: Tensor) -> bool:
         sizes = [expression(x.shape[d]) for d in axes_with(x, self.symbol)]
         degree = sum(
-            sympy.degree(e, self.symbol) if e.is_polynomial(self.symbol) else 1  # T // n counts once
+            sympy.degree(e, self.symbol)
+            if e.is_polynomial(self.symbol)
+            else 1  # T // n counts once
             for e in sizes
             if e is not None
         )

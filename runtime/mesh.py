@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -36,6 +37,7 @@ class Axis:
         return cls(name, size, index, dict.fromkeys(TRAFFIC, group))
 
 
+@cache
 def axis_of(mesh: DeviceMesh, name: str) -> Axis:
     """The axis of that name, with its own groups; call it on every rank, in the same order."""
     names = mesh.mesh_dim_names or ()
