@@ -90,6 +90,12 @@ class Editor:
         """
         if not hasattr(self.gm, name):
             self.gm.register_buffer(name, value, persistent=False)
+            # AOTAutograd wants to know where a graph's tensors come from; this one is ours.
+            sources = getattr(self.gm, "_param_name_to_source", None)
+            if sources is not None:
+                from torch._dynamo.source import ConstantSource
+
+                sources[name] = ConstantSource(source_name=name)
         with self.gm.graph.inserting_before(self.anchor):
             node = self.gm.graph.get_attr(name)
         node.meta["lmoe"] = self.made_by
