@@ -1,4 +1,4 @@
-"""`lmoe bench kernels | decode | tune`: times generated kernels, beside flash-linear-attention's where installed."""
+"""`lmoe bench`: times generated kernels, beside flash-linear-attention where that is installed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 COMMANDS = {
     "kernels": "forward and backward on the grid of shapes; --against fla",
     "decode": "one token a call, eager and as a CUDA graph; --against fla",
+    "resources": "registers, spills and shared memory of kernels compiled for sm_90, without a GPU",
     "tune": "search plans, check their numbers, write the table that the package ships",
 }
 
 
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
-        rows = "\n".join(f"  lmoe bench {name:<9}{what}" for name, what in COMMANDS.items())
+        rows = "\n".join(f"  lmoe bench {name:<10}{what}" for name, what in COMMANDS.items())
         print(f"{__doc__}\n\n{rows}", file=sys.stderr if argv else sys.stdout)
         return 2 if argv else 0
     command, *rest = argv

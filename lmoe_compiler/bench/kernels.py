@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmoe_compiler.bench.measure import versions
+from lmoe_compiler.bench.plot import bars
 from lmoe_compiler.bench.workloads import (
     GATE,
     GATE_SHAPES,
@@ -65,15 +66,12 @@ def grid(
 
 
 def run_cell(op: str, shape: Shape, side: str, limit: int) -> dict[str, Any]:
-    """The worker's row, or one with `error`. The library keeps what it tuned where FLA_CACHE_MODE says."""
+    """The worker's row, or one with `error`. The library keeps what it tuned in Triton's cache folder."""
     if side == "fla" and WORKLOADS[op].library is None:
         return {"op": op, "shape": shape, "side": side, "error": "no library call"}
     command = [sys.executable, "-m", "lmoe_compiler.bench.worker", json.dumps([op, shape, side])]
-    environment = os.environ | {"FLA_CACHE_MODE": os.environ.get("FLA_CACHE_MODE", "full")}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env=environment, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
         return {"op": op, "shape": shape, "side": side, "error": f"more than {limit} s"}
     if done.returncode:
@@ -138,16 +136,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def save(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    import torch
-    import triton
-
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    report = {"device": device, **versions, "rows": list(rows)}
-    (folder / "kernels.json").write_text(json.dumps(report, indent=1))
-    try:
-        from lmoe_compiler.bench.plot import bars
-    except ModuleNotFoundError:
-        return
+    (folder / "kernels.json").write_text(json.dumps({**versions(), "rows": list(rows)}, indent=1))
     bars(rows, folder / "kernels.png")

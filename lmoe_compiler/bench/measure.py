@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 COPY_BANDWIDTH = 4.2e12
 """Bytes a second of a device-to-device copy on an H200, read plus written: what "floor" is measured in."""
@@ -28,8 +30,6 @@ def first_call_seconds(function: Callable[[], object]) -> float:
 
 
 def kernels_launched(function: Callable[[], object]) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         function()
         torch.cuda.synchronize()
@@ -61,3 +61,10 @@ def relative_rms(x: Tensor, reference: Tensor) -> float:
         torch.linalg.vector_norm(x.double() - reference.double())
         / torch.linalg.vector_norm(reference.double())
     )
+
+
+def versions() -> dict[str, str]:
+    """What every table says beside its numbers."""
+    found = {"torch": torch.__version__, "triton": metadata.version("triton")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"device": device, **found}

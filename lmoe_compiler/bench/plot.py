@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 
 def bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes the picture, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     good = [row for row in rows if "error" not in row]
     cells = list(dict.fromkeys((row["op"], tuple(row["shape"])) for row in good))
     if not cells:

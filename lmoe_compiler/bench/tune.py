@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lmoe_compiler.bench.plans import call_of
 from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WORKLOADS, Shape
 from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.cost import by_rule, device, segmented
@@ -55,14 +56,6 @@ def main(argv: Sequence[str]) -> int:
                 table["rows"][cell.key] = row
                 path.write_text(json.dumps(table, indent=1) + "\n")
     return 0
-
-
-def call_of(program: Program, shape: Shape) -> Call:
-    """The plan's view of a benchmark call: bf16, all heads alike, no states given."""
-    _, _, heads, size = shape
-    sizes = {axis.rstrip("'"): size for var in program.inputs for axis in var.axes}
-    names = tuple((var.name, heads) for var in program.inputs)
-    return Call(tuple(sizes.items()), heads, names, "bf16", False, False)
 
 
 def candidates(program: Program, direction: str, call: Call, shape: Shape) -> Iterator[Choice]:

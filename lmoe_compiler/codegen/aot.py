@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmoe_compiler.codegen.plan import Kernel
+from lmoe_compiler.codegen.triton import identifier
+
 SHARED_MEMORY_LIMIT = 232448
 """Bytes of shared memory that one block can have on an H100 or H200."""
 
@@ -117,6 +120,28 @@ def resources(compiled: Any, arch: int = 90) -> Resources:
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         cp_async=ptx.count("cp.async.c"),
     )
+
+
+def plan_resources(plan: Any) -> dict[str, Resources]:
+    """Resources of every kernel of a plan, by kernel name. Imports triton."""
+    from lmoe_compiler.codegen.launch import Executable
+
+    found = {}
+    for launcher in Executable(plan, []).launchers:
+        types = argument_types(launcher.function.arg_names, launcher.kernel, plan.dtype)
+        compiled = compile_kernel(launcher.function, types, launcher.constants, **launcher.options)
+        found[launcher.kernel.name] = resources(compiled)
+    return found
+
+
+def argument_types(names: Iterable[str], kernel: Kernel, dtype: str) -> dict[str, str]:
+    """Triton's type of each parameter: lengths, offsets, values by their dtype, everything else as the inputs are."""
+    values = [s.value for s in (*kernel.loads, *kernel.stores)]
+    values += [v for c in kernel.carries for v in (c.start, c.end) if v is not None]
+    full = {identifier(v.name) for v in values if v.dtype == "fp32"}
+    types = {name: "*fp32" if name in full else f"*{dtype}" for name in names}
+    types |= {"T": "i32", "N": "i32", "TOKENS": "i32", "cu_seqlens": "*i32"}
+    return {name: types[name] for name in names}
 
 
 def _run(command: list[Any]) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,32 @@
+"""The plan that a benchmark call gets, without running it."""
+
+from __future__ import annotations
+
+from lmoe_compiler.bench.workloads import Shape
+from lmoe_compiler.codegen.cost import choose
+from lmoe_compiler.codegen.partition import Call, backward_plan, forward_plan
+from lmoe_compiler.codegen.plan import Plan
+from lmoe_compiler.ir.nodes import Program
+from lmoe_compiler.lower.adjoint import adjoint
+from lmoe_compiler.lower.chunk import chunk_program
+from lmoe_compiler.models import RECURRENCES
+
+
+def call_of(program: Program, shape: Shape) -> Call:
+    """The plan's view of a benchmark call: bf16, all heads alike, no states given."""
+    _, _, heads, size = shape
+    sizes = dict(program.static)
+    sizes |= {axis.rstrip("'"): size for var in program.inputs for axis in var.axes}
+    names = tuple((var.name, heads) for var in program.inputs)
+    none = tuple(False for _ in program.states)
+    return Call(tuple(sizes.items()), heads, names, "bf16", False, False, none)
+
+
+def plan_of(op: str, direction: str, shape: Shape) -> Plan:
+    program = RECURRENCES[op].program()
+    call = call_of(program, shape)
+    choice = choose(program, direction, call, shape[0], shape[1])
+    chunk = chunk_program(program)
+    if direction == "forward":
+        return forward_plan(chunk, choice, call)
+    return backward_plan(adjoint(chunk), choice, call)

@@ -1,0 +1,30 @@
+"""`lmoe bench resources`: registers, spills, shared memory of a recurrence's kernels, compiled without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from lmoe_compiler.bench.plans import plan_of
+from lmoe_compiler.bench.workloads import GATE_SHAPES, WORKLOADS
+from lmoe_compiler.codegen.aot import plan_resources
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="lmoe bench resources", description=__doc__)
+    parser.add_argument("ops", nargs="+", choices=sorted(WORKLOADS))
+    parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
+    parser.add_argument("--json", action="store_true", help="one JSON line a kernel")
+    chosen = parser.parse_args(argv)
+    for op in chosen.ops:
+        for direction in chosen.directions:
+            plan = plan_of(op, direction, GATE_SHAPES[1])
+            for kernel, found in plan_resources(plan).items():
+                row = {"op": op, "direction": direction, "kernel": kernel, "chunk": plan.chunk}
+                if chosen.json:
+                    print(json.dumps(row | asdict(found) | {"fits": found.fits}), flush=True)
+                else:
+                    print(f"{op:18} {direction:9} {kernel:10} C{plan.chunk:<3} {found}", flush=True)
+    return 0

@@ -1,0 +1,62 @@
+"""Generated kernels compile for sm_90 on a machine without a GPU, within the budget of registers and shared memory.
+
+In a process of its own: TRITON_INTERPRET, which other tests set, replaces Triton's compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def compiled(*arguments: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "lmoe_compiler.cli", "bench", "resources", "--json"]
+    ran = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    for row in rows:
+        print({name: row[name] for name in row if name != "fits"})
+    return rows
+
+
+def within_budget(rows: list[dict]) -> None:
+    over = [
+        f"{r['op']} {r['kernel']}: {r['spill_stores']} B, {r['shared']} B"
+        for r in rows
+        if not r["fits"]
+    ]
+    assert not over
+
+
+def test_a_scan_runs_on_tensor_cores_without_spilling():
+    rows = compiled("gated_delta_rule", "--directions", "forward")
+    within_budget(rows)
+    assert {row["kernel"] for row in rows} == {"prepare", "scan"}
+    scan = next(row for row in rows if row["kernel"] == "scan")
+    assert scan["wgmma"] > 0
+    assert scan["mma"] == 0
+    assert scan["cp_async"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_forward_kernels_are_within_budget():
+    within_budget(
+        compiled("linear_attention", "simple_gla", "delta_rule", "--directions", "forward")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_scans_of_the_backward_are_within_budget():
+    rows = compiled("simple_gla", "gated_delta_rule", "--directions", "backward")
+    within_budget([row for row in rows if row["kernel"] in ("prepare", "states", "adjoint")])

@@ -1,0 +1,165 @@
+"""Generated kernels on the device (`pytest -m gpu`): every variant against its definition in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_accurate
+from cases import CASES, Case, Sizes, make_inputs, with_extremes
+from differentiated import Result, differentiated, scan
+
+from lmoe_compiler.codegen import run
+from lmoe_compiler.models import RECURRENCES
+
+pytestmark = pytest.mark.gpu
+
+# The nonlinear kind runs through torch until it has a sequential kernel.
+KERNELS = [case for case in CASES if case.kind != "nonlinear"]
+every_case = pytest.mark.parametrize("case", KERNELS, ids=str)
+half = torch.bfloat16
+SIZES = Sizes(B=2, T=200, H=3, K=64, V=64)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def generated(case: Case, **options):
+    return case.recurrence.with_options(implementation="triton", **options)
+
+
+def prepared(case: Case, sizes: Sizes, dtype: torch.dtype, extreme: bool = False):
+    """Inputs and states on the device; unit keys, or states of many tokens outgrow half precision."""
+    inputs, states = make_inputs(case, sizes)
+    if extreme:
+        inputs = with_extremes(case, inputs)
+    named = {
+        name: F.normalize(x, dim=-1) if name in ("q", "k") else x for name, x in inputs.items()
+    }
+    rounded = {name: x.to(dtype).cuda() for name, x in named.items()}
+    return rounded, [x.float().cuda() for x in states]
+
+
+def assert_right(case: Case, inputs, states, dtype, call=None, **options) -> Result:
+    double = {name: x.double() for name, x in inputs.items()}
+    exact = differentiated(
+        case.recurrence.reference, double, [x.double() for x in states], **options
+    )
+    floor = differentiated(case.recurrence.reference, inputs, states, **options)
+    actual = differentiated(call or generated(case), inputs, states, **options)
+    assert_accurate(actual.tensors(), floor.tensors(), exact.tensors(), dtype)
+    return actual
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [half, torch.float16, torch.float32], ids=str)
+def test_outputs_states_and_gradients(case, dtype):
+    assert_right(case, *prepared(case, SIZES, dtype), dtype)
+
+
+@every_case
+@pytest.mark.parametrize("T", [1, 63, 64, 65])
+def test_any_length(case, T):
+    assert_right(case, *prepared(case, Sizes(1, T, 2, 64, 64), half), half)
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
+@pytest.mark.parametrize("size", [16, 24, 128, 256])
+def test_any_width(name, size):
+    case = BY_NAME[name]
+    assert_right(
+        case, *prepared(case, Sizes(1, 130, 2, size, 2 * size if size < 128 else size), half), half
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in KERNELS if c.extremes], ids=str)
+def test_strong_decays_are_exact(case):
+    """Gates of nothing, of a reset and of all between, side by side; log 0 is -inf, and no NaN appears."""
+    inputs, states = prepared(case, SIZES, torch.float32, extreme=True)
+    assert_right(case, inputs, states, torch.float32)
+
+
+@pytest.mark.parametrize("case", [c for c in KERNELS if "beta" in c.gates], ids=str)
+def test_one_key_over_many_chunks(case):
+    """The triangular system is worst where keys repeat: powers of its matrix would lose every digit."""
+    inputs, states = prepared(case, SIZES, half)
+    inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()
+    assert_right(case, inputs, states, half)
+
+
+@every_case
+def test_packed_documents(case):
+    ends = [0, 1, 64, 65, 129, 200, 200, 333]
+    sizes = Sizes(1, ends[-1], 2, 64, 64)
+    inputs, _ = prepared(case, sizes, half)
+    _, states = prepared(case, Sizes(len(ends) - 1, ends[-1], 2, 64, 64), half)
+    offsets = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    assert_right(case, inputs, states, half, cu_seqlens=offsets)
+
+
+@every_case
+def test_two_runs_give_the_same_bits(case):
+    inputs, states = prepared(case, SIZES, half)
+    first, second = (differentiated(generated(case), inputs, states) for _ in range(2))
+    for name, x in first.tensors().items():
+        assert torch.equal(x, second.tensors()[name]), name
+
+
+@every_case
+def test_every_element_is_written(case, monkeypatch):
+    """All that kernels allocate is NaN before they run."""
+    plain = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = plain(*args, **kwargs)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    inputs, states = prepared(case, SIZES, half)
+    expected = differentiated(generated(case), inputs, states)
+    run.forget()
+    monkeypatch.setattr(torch, "empty", poisoned)
+    actual = differentiated(generated(case), inputs, states)
+    for name, x in actual.tensors().items():
+        assert torch.equal(x, expected.tensors()[name]), name
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule", "rwkv7"])
+@pytest.mark.parametrize("T", [1000, 8192])
+def test_long_sequences(name, T):
+    """Against the CPU's chunk form in float64, which other tests hold to the definition."""
+    case = BY_NAME[name]
+    inputs, states = prepared(case, Sizes(1, T, 2, 64, 64), half)
+    exact = differentiated(
+        case.recurrence.with_options(implementation="torch"),
+        {n: x.double() for n, x in inputs.items()},
+        [x.double() for x in states],
+    ).tensors()
+    actual = differentiated(generated(case), inputs, states).tensors()
+    assert_accurate(actual, exact, exact, half)
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
+def test_many_sequences_and_tensors_beyond_32_bits(name):
+    """More than 65535 sequences, and element offsets beyond 2^31: the last sequence equals a small call."""
+    case = BY_NAME[name]
+    recurrence = RECURRENCES[name].with_options(implementation="triton")
+    batch, heads = 70000, 2
+    inputs, _ = prepared(case, Sizes(1, 130, heads, 128, 128), half)
+    wide = {n: x.expand(batch, *x.shape[1:]).contiguous() for n, x in inputs.items()}
+    with torch.no_grad():
+        small = recurrence(**inputs)
+        for row in (0, batch - 1):
+            assert torch.equal(recurrence(**wide)[row], small[0])
+
+
+@every_case
+def test_gradients_need_no_final_state(case):
+    """The common call: no initial state, no final state asked for."""
+    inputs, _ = prepared(case, SIZES, half)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    output = generated(case)(**leaves)
+    grads = torch.autograd.grad(output.float().square().sum(), list(leaves.values()))
+    assert all(g.isfinite().all() for g in grads)
+    zero = [torch.zeros_like(s) for s in prepared(case, SIZES, half)[1]]
+    same, _ = scan(generated(case), {n: x.detach() for n, x in leaves.items()}, zero)
+    torch.testing.assert_close(output, same, rtol=0.02, atol=0.02)
