@@ -20,13 +20,13 @@ from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.debug import show
 from lmoe_compiler.parallel import follow_tokens
 from lmoe_compiler.passes import pipeline
-from lmoe_compiler.passes.base import GraphRecord, Record, readable
+from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
 
 P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound=Module)
-Inner = Callable[[fx.GraphModule, Sequence[Any], CompileOptions, GraphRecord, bool], Any]
+Inner = Callable[[fx.GraphModule, Sequence[Any], CompileOptions, GraphRecord], Any]
 
 
 def lmoe_backend(
@@ -39,12 +39,12 @@ def lmoe_backend(
     """Compile one graph of `torch.compile(..., backend="lmoe")`."""
     chosen = CompileOptions.of({"mode": mode, **(options or {})})
     record: Record = chosen.record or Record()
-    graph = GraphRecord(programs=_programs(gm))
+    graph = GraphRecord(record.texts, programs=_programs(gm))
     record.graphs.append(graph)
     show("fx", "graph of the model", lambda: readable(gm))
-    pipeline(chosen).run(gm, graph, texts=record.texts)
+    pipeline(chosen).run(gm, graph)
     inner = INNER_COMPILERS[chosen.inner]
-    return inner(gm, example_inputs, chosen, graph, record.texts)
+    return inner(gm, example_inputs, chosen, graph)
 
 
 def _programs(gm: fx.GraphModule) -> tuple[tuple[str, str], ...]:
@@ -58,13 +58,28 @@ def _inductor(
     example_inputs: Sequence[Any],
     chosen: CompileOptions,
     graph: GraphRecord,
-    texts: bool,
 ) -> Any:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
+    if chosen.after_aot:
+        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(chosen.after_aot), graph)
     return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _for_inductor(passes: PassPipeline, graph: GraphRecord) -> Any:
+    """The passes as Inductor runs them before its own; its caches ask for the uuid."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Passes(CustomGraphPass):
+        def __call__(self, aten: fx.Graph) -> None:
+            passes.run(aten.owning_module, graph)
+
+        def uuid(self) -> str:
+            return passes.uuid()
+
+    return Passes()
 
 
 def _aot_eager(
@@ -72,14 +87,14 @@ def _aot_eager(
     example_inputs: Sequence[Any],
     chosen: CompileOptions,
     graph: GraphRecord,
-    texts: bool,
 ) -> Any:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def lowered(direction: str, aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        if texts:
+        PassPipeline(chosen.after_aot).run(aten, graph)
+        if graph.texts:
             graph.lowered.append((direction, readable(aten)))
         show("fx", f"{direction} after AOTAutograd", lambda: readable(aten))
         return make_boxed_func(aten.forward)

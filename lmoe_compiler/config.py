@@ -87,6 +87,7 @@ class CompileOptions:
     """What `lmoe.compile(...)` and `torch.compile(..., backend="lmoe", options={...})` understand.
 
     inner: the compiler below our passes. disable: names of passes to leave out. mode, inductor: Inductor's settings.
+    after_aot: passes (passes/base.py) for the forward and backward graphs that AOTAutograd makes.
     mesh, sequence_parallel, expert_parallel (names of mesh axes) and sequence_dim: how the model is spread over ranks.
     schedule: how recurrences exchange states, "auto" (the planner's choice), "all_gather" or "transpose".
     sum_gradients: sum gradients of replicated parameters over the sequence axis; False where DDP or FSDP2 does it.
@@ -101,6 +102,7 @@ class CompileOptions:
     sequence_dim: int = 1
     schedule: str = "auto"
     sum_gradients: bool = True
+    after_aot: tuple[Any, ...] = ()
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     record: Any = field(default=None, repr=False)

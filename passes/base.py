@@ -10,7 +10,6 @@ import inspect
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,8 +56,12 @@ class PassRecord:
 
 @dataclass
 class GraphRecord:
-    """One graph of a compiled model: as it came, pass by pass, and after AOTAutograd where it was seen."""
+    """One graph of a compiled model: as it came, pass by pass, and after AOTAutograd where it was seen.
 
+    With `texts` the graphs are kept as text, which takes time to print.
+    """
+
+    texts: bool = False
     before: str = ""
     passes: list[PassRecord] = field(default_factory=list)
     programs: tuple[tuple[str, str], ...] = ()
@@ -67,7 +70,7 @@ class GraphRecord:
 
 @dataclass
 class Record:
-    """Everything one compilation did. With `texts` graphs are kept as text, which takes time to print."""
+    """Everything one compilation did."""
 
     texts: bool = False
     graphs: list[GraphRecord] = field(default_factory=list)
@@ -94,11 +97,12 @@ class PassPipeline:
     def active(self) -> list[GraphPass]:
         return [p for p in self.passes if p.name not in self.disable]
 
-    def run(self, gm: fx.GraphModule, record: GraphRecord, *, texts: bool = False) -> None:
+    def run(self, gm: fx.GraphModule, record: GraphRecord) -> None:
         """Run every pass on `gm` in place and note each in `record`."""
-        record.before = readable(gm) if texts else ""
+        if record.texts and not record.before:
+            record.before = readable(gm)
         for graph_pass in self.active:
-            record.passes.append(_run(graph_pass, gm, texts))
+            record.passes.append(_run(graph_pass, gm, record.texts))
 
     def uuid(self) -> str:
         """Identifies code and options of the passes, for caches of what comes after them."""
@@ -164,7 +168,3 @@ def operation(node: fx.Node) -> str:
 def readable(gm: fx.GraphModule) -> str:
     """The graph as a Python function with shapes."""
     return gm.print_readable(print_output=False).strip()
-
-
-def total(records: Sequence[PassRecord]) -> float:
-    return sum(record.seconds for record in records)

@@ -55,8 +55,8 @@ def test_the_expert_block_becomes_its_parts():
     inputs = block_inputs()
     gm = graph_of(experts, *inputs)
     assert operations(gm)["experts"] == 1
-    record = GraphRecord()
-    PassPipeline((LowerExperts(),)).run(gm, record, texts=True)
+    record = GraphRecord(texts=True)
+    PassPipeline((LowerExperts(),)).run(gm, record)
     (done,) = record.passes
     assert done.report.counts == {"expert blocks": 1}
     assert f"{EXPERTS} experts, {D} -> {WIDTH}" in done.report.notes[0]
@@ -178,8 +178,8 @@ def test_disable_leaves_the_mark_in_the_graph():
 def test_nothing_to_do_leaves_the_module_untouched():
     gm = graph_of(lambda x: x * 2, torch.randn(3))
     code = gm.forward.__code__
-    record = GraphRecord()
-    pipeline(CompileOptions()).run(gm, record, texts=True)
+    record = GraphRecord(texts=True)
+    pipeline(CompileOptions()).run(gm, record)
     assert gm.forward.__code__ is code
     assert not any(p.report.counts or p.added or p.removed or p.after for p in record.passes)
 
@@ -231,3 +231,40 @@ def test_a_faulty_pass_is_named(fault, text):
     gm = graph_of(lambda x: x * 2, torch.randn(3))
     with pytest.raises(errors.PassFailed, match=f"the pass 'faulty' failed(.|\n)*{text}"):
         PassPipeline((Faulty(fault),)).run(gm, GraphRecord())
+
+
+@dataclass(frozen=True)
+class DoubleSines:
+    """sin -> sin + sin, on the graphs after AOTAutograd: visible in numbers, so it says so."""
+
+    name: str = "double_sines"
+    changes_numerics: bool = True
+
+    def __call__(self, gm: fx.GraphModule) -> Report:
+        report = Report(self.name)
+        for node in find(gm, torch.ops.aten.sin):
+            with gm.graph.inserting_after(node):
+                twice = gm.graph.call_function(torch.ops.aten.add.Tensor, (node, node))
+            twice.meta = {"val": node.meta["val"], "lmoe": self.name}
+            node.replace_all_uses_with(
+                twice, delete_user_cb=lambda user, new=twice: user is not new
+            )
+            report.add("sines")
+        if report.counts:
+            gm.recompile()
+        return report
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_passes_after_aot_see_both_directions(inner):
+    """The gradient of -cos is a sine that is in the backward graph alone."""
+    record, x = Record(), torch.randn(4, requires_grad=True)
+    compiled = lmoe.compile(
+        lambda x: -x.cos(), inner=inner, after_aot=(DoubleSines(),), record=record
+    )
+    output = compiled(x)
+    output.sum().backward()
+    torch.testing.assert_close(output, -x.cos())
+    torch.testing.assert_close(x.grad, 2 * x.sin().detach())
+    done = [p.report.counts for p in record.graphs[0].passes if p.report.name == "double_sines"]
+    assert done == [{}, {"sines": 1}]
