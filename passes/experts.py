@@ -33,12 +33,13 @@ class LowerExperts:
 
     def __call__(self, gm: fx.GraphModule) -> Report:
         report = Report(self.name)
+        seen: dict[str, fx.GraphModule] = {}
         for node in find(gm, torch.ops.lmoe.experts):
             experts, hidden, width = node.args[3].meta["example_value"].shape  # type: ignore[union-attr]
             report.add(
                 "expert blocks", f"{layer_of(node)}: {experts} experts, {width} -> {hidden // 2}"
             )
-            replace(gm, node, swiglu_experts, self.name)
+            replace(gm, node, swiglu_experts, self.name, seen)
         if report.counts:
             gm.recompile()
         return report

@@ -31,11 +31,19 @@ def find(gm: fx.GraphModule, *packets: Any) -> list[fx.Node]:
 
 
 def replace(
-    gm: fx.GraphModule, node: fx.Node, function: Callable[..., Any], made_by: str
+    gm: fx.GraphModule,
+    node: fx.Node,
+    function: Callable[..., Any],
+    made_by: str,
+    seen: dict[str, fx.GraphModule] | None = None,
 ) -> list[fx.Node]:
-    """Splice `function` over the node's operands in its place; the new nodes, in order."""
+    """Splice `function` over the node's operands in its place; the new nodes, in order.
+
+    `seen` keeps what was traced, so that the layers of a model, which differ in nothing, are traced once.
+    """
     operands = list(dict.fromkeys(node.all_input_nodes))
-    traced = _trace(gm, node, function, operands)
+    key, known = _signature(node, operands), {} if seen is None else seen
+    traced = known.get(key) or known.setdefault(key, _trace(gm, node, function, operands))
     env: dict[fx.Node, Any] = {}
     given = iter(operands)
     inserted: list[fx.Node] = []
@@ -74,6 +82,16 @@ def _trace(
     assert isinstance(traced, fx.GraphModule)
     traced.graph.eliminate_dead_code()
     return traced
+
+
+def _signature(node: fx.Node, operands: list[fx.Node]) -> str:
+    """All that a trace depends on: fake values, which operand stands where, plain arguments, autocast."""
+    values = [
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x
+        for x in (operand.meta["example_value"] for operand in operands)
+    ]
+    where = fx.node.map_arg((node.args, node.kwargs), lambda n: f"operand {operands.index(n)}")
+    return repr((values, where, _open_autocasts(node)))
 
 
 def _open_autocasts(node: fx.Node) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ from torch import fx
 import lmoe_compiler as lmoe
 from lmoe_compiler import errors
 from lmoe_compiler.config import CompileOptions
-from lmoe_compiler.passes import pipeline
+from lmoe_compiler.passes import match, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, operations
 from lmoe_compiler.passes.canonicalize import Canonicalize
 from lmoe_compiler.passes.experts import LowerExperts
@@ -104,6 +104,21 @@ def test_a_replacement_under_autocast_is_what_autocast_makes_of_it():
     inputs = block_inputs()
     compiled = lmoe.compile(under_autocast, inner="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), under_autocast(*inputs), rtol=0, atol=0)
+
+
+def test_equal_layers_are_traced_once_and_others_are_not(monkeypatch):
+    def layers(x, weights, ids, gate_up, down, wide):
+        y = experts(x, weights, ids, gate_up, down)
+        y = experts(y, weights, ids, 2 * gate_up, down)
+        return experts(y, weights, ids, torch.cat([gate_up, wide], 1), torch.cat([down, down], 2))
+
+    inputs = (*block_inputs(), torch.randn(EXPERTS, 2 * WIDTH, D))
+    traced = []
+    trace = match.make_fx
+    monkeypatch.setattr(match, "make_fx", lambda *a, **k: traced.append(a) or trace(*a, **k))
+    compiled = lmoe.compile(layers, inner="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), layers(*inputs))
+    assert len(traced) == 2
 
 
 def test_replace_passes_items_of_a_list_on():
