@@ -69,6 +69,7 @@ class Launcher:
         self.names = tuple(printer.args)
         self.needs_tokens = printer.needs_tokens
         self.constants = _constants(plan, printer.constant_names())
+        self.compiled: Any = None
         self.tiles = 1
         for axis, block in kernel.tiles:
             self.tiles *= -(-plan.size_of[axis] // block)
@@ -84,11 +85,20 @@ class Launcher:
         if grid[0] == 0:
             return
         args: list[Any] = [tensors[name] for name in self.names]
+        aligned = all(x.data_ptr() % 16 == 0 for x in args)
+        tokens = extent.batch * extent.length
         if cu_seqlens is not None:
             args += [cu_seqlens, extent.sequences]
         if self.needs_tokens:
-            args.append(extent.batch * extent.length)
-        self.function[grid](*args, extent.length, **self.constants, **self.options)
+            args.append(tokens)
+        args.append(extent.length)
+        # Compiled for aligned pointers and 32-bit lengths: anything else goes the long way.
+        if aligned and tokens < 2**31 and self.compiled is not None:
+            self.compiled[(grid[0], 1, 1)](*args, *self.constants.values())
+            return
+        compiled = self.function[grid](*args, **self.constants, **self.options)
+        if aligned and tokens < 2**31 and not interpreting():
+            self.compiled = compiled
 
 
 def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from lmoe_compiler.codegen.plan import (
 from lmoe_compiler.codegen.segments import segment_carries
 from lmoe_compiler.codegen.tile import inside_levels, to_tiles
 from lmoe_compiler.codegen.tiling import split
+from lmoe_compiler.codegen.token import token_graph
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Var
 from lmoe_compiler.lower.program import ChunkAdjoint, ChunkProgram, gradient_name
 
@@ -280,6 +281,27 @@ def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     stores = [Store(output, Value(OUTPUT, axes, "row", "given"))]
     part.add("scan", "forward", carries, stores, choice.segments if parts else 1)
     return part.plan("forward")
+
+
+def step_plan(program: Program, choice: Choice, call: Call) -> Plan:
+    """One kernel: states in, one token's micro-steps, output and states out."""
+    states, output = token_graph(program)
+    output, *following = to_tiles([output, *states], dict(call.sizes), _values(program), call.exact)
+    leaves = _leaves(closure([output, *following]))
+    carries = [
+        Carry(
+            leaves.get(var.name, var.node),
+            after,
+            var.axes,
+            _initial(var, call.has_initial),
+            Value(f"{var.name}_end", var.axes, "sequence", "fp32"),
+        )
+        for var, after in zip(program.states, following, strict=True)
+    ]
+    part = Partition(program, choice, call)
+    stores = [Store(output, Value(OUTPUT, program.output.axes, "sequence", "given"))]
+    part.add("step", "step", carries, stores)
+    return part.plan("step")
 
 
 def _values(program: Program) -> list[str]:

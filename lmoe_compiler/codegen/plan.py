@@ -11,7 +11,7 @@ from typing import Literal
 
 from lmoe_compiler.ir.nodes import Node, Program
 
-Order = Literal["forward", "reverse", "parallel"]
+Order = Literal["forward", "reverse", "parallel", "step"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk.
+    """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk, `step` one token.
 
     segments    programs that share one sequence, each scanning its part of the chunks
     skip_last   the last segment's result is not needed
@@ -139,7 +139,7 @@ class Plan:
     """All kernels of one call. `inputs` are [name, axes, heads] of the tensors given by the caller."""
 
     program: Program
-    direction: Literal["forward", "backward"]
+    direction: Literal["forward", "backward", "step"]
     kernels: tuple[Kernel, ...]
     choice: Choice
     sizes: tuple[tuple[str, int], ...]

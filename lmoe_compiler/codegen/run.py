@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmoe_compiler.codegen.cost import choose
 from lmoe_compiler.codegen.launch import Executable, Extent, interpreting
-from lmoe_compiler.codegen.partition import Call, backward_plan, forward_plan
+from lmoe_compiler.codegen.partition import Call, backward_plan, forward_plan, step_plan
 from lmoe_compiler.codegen.plan import Choice
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program
@@ -124,8 +124,19 @@ def span_map_backward(
     return _torch().span_map_backward(program, inputs, cu_seqlens, d_maps, d_ends, options)
 
 
-def step(program: Program, inputs: Tensors, states: Tensors | None, options: Options) -> Any:
-    return _torch().step(program, inputs, states, options)
+def step(
+    program: Program, inputs: Tensors, states: Tensors | None, options: Options
+) -> tuple[Tensor, list[Tensor]]:
+    """One token [B, H, ...]: output and next states, one launch."""
+    rows = [
+        x.unsqueeze(1) if v.kind == "token" else x
+        for v, x in zip(program.inputs, inputs, strict=True)
+    ]
+    executable, extent = _compiled("step", program, rows, states, None, (), options)
+    dtype = inputs[_first_token(program)].dtype
+    tensors = _arguments(program, inputs, states)
+    results = executable(tensors, {"o": _computed(dtype)}, extent, None)
+    return results["o"].to(dtype), [results[f"{var.name}_end"] for var in program.states]
 
 
 @cache
@@ -143,6 +154,11 @@ def forget() -> None:
 
 _executables: dict[tuple[Any, ...], Executable] = {}
 _kept: list[Program] = []
+
+
+def forget() -> None:
+    """Drops compiled plans, so that the next call plans again."""
+    _executables.clear()
 
 
 def _compiled(
@@ -164,7 +180,7 @@ def _compiled(
             x.shape[2:] if v.kind == "token" else x.shape
             for v, x in zip(program.inputs, inputs, strict=True)
         ),
-        inputs[first].dtype,
+        tuple(x.dtype for x in inputs),
         states is None,
         cu_seqlens is None,
         given,
@@ -209,7 +225,9 @@ def _build(
     choice = choose(program, direction, call, first.shape[0], first.shape[1])
     if options.chunk_size is not None:
         choice = _with_chunk(choice, options.chunk_size)
-    if direction == "forward":
+    if direction == "step":
+        plan = step_plan(program, choice, call)
+    elif direction == "forward":
         plan = forward_plan(_chunk(program), choice, call)
     else:
         plan = backward_plan(_adjoint(program), choice, call)
@@ -245,7 +263,7 @@ def _adjoint(program: Program) -> ChunkAdjoint:
 def _sizes(program: Program, inputs: Tensors) -> dict[str, int]:
     sizes = dict(program.static)
     for var, x in zip(program.inputs, inputs, strict=True):
-        shape = x.shape[3 if var.kind == "token" else 1 :]
+        shape = x.shape[x.dim() - len(var.axes) :]
         sizes |= dict(zip((a.rstrip("'") for a in var.axes), shape, strict=True))
     return sizes
 

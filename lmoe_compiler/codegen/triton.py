@@ -207,14 +207,17 @@ class KernelPrinter:
         name = identifier(node.name)
         self.args[name] = node.name
         axes = tuple(a for a in node.axes if a != ROW)
-        if ROW not in node.axes:
-            pointers, mask, dims = self.state_block(name, "i_h", axes)
-            return self.assign(name, self.load_text(pointers, mask), dims, "raw")
         heads, head = "H", "i_h"
         own = self.heads.get(node.name, self.plan.heads)
         if own != self.plan.heads:
             heads, head = f"H_{name}", f"i_h // (H // H_{name})"
             self.constants[heads] = own
+        if ROW not in node.axes:
+            index = head
+            if node.name in self.inputs and self.inputs[node.name].kind == "token":
+                index = f"(i_n.to(tl.int64) * {heads} + {head})"
+            pointers, mask, dims = self.state_block(name, index, axes)
+            return self.assign(name, self.load_text(pointers, mask), dims, "raw")
         pointers, mask, dims = self.row_block(name, axes, heads, head)
         return self.assign(name, self.load_text(pointers, mask), dims, "raw")
 
@@ -425,7 +428,8 @@ class KernelPrinter:
 
     def print(self, function: str) -> list[str]:
         """Signature, index arithmetic, and the chunk's statements in a loop (or alone, if parallel)."""
-        body = self.print_parallel() if self.kernel.order == "parallel" else self.print_scan()
+        prints = {"parallel": self.print_parallel, "step": self.print_step}
+        body = prints.get(self.kernel.order, self.print_scan)()
         self.lines, self.depth = [], 1
         self.print_indices()
         head = self.lines
@@ -470,7 +474,9 @@ class KernelPrinter:
             self.write(f"i_{a} = i_p % tl.cdiv({a}, B{a})")
             self.write(f"i_p = i_p // tl.cdiv({a}, B{a})")
         self.write("i_h = i_p % H")
-        if kernel.order != "parallel":
+        if kernel.order == "step":
+            self.write("i_n = i_p // H")
+        elif kernel.order != "parallel":
             self.print_segment()
         elif varlen:
             self.write("i_slot = (i_p // H).to(tl.int64)")
@@ -483,7 +489,8 @@ class KernelPrinter:
             self.write("i_n = i_p // H // n_c")
             self.write("i_c = i_p // H % n_c")
             self.write("bos = i_n.to(tl.int64) * T")
-        self.write("o_t = tl.arange(0, C)")
+        if kernel.order != "step":
+            self.write("o_t = tl.arange(0, C)")
         for axis in self.axes_used:
             if axis not in dict(self.kernel.inner):
                 self.print_axis(axis)
@@ -583,6 +590,17 @@ class KernelPrinter:
         self.blocks.update(outside | {id(n): t for n, t in totals.items()})
         self.casts = casts
         return [s for s in stores if kind(s.node) != "tile"]
+
+    def print_step(self) -> list[str]:
+        for carry in self.kernel.carries:
+            self.print_start(carry, f"b_{identifier(carry.leaf.name)}")
+        for store in self.kernel.stores:
+            self.store(store.node, store.value)
+        for carry in self.kernel.carries:
+            block = self.fp32(self.emit(carry.following))
+            if carry.end is not None:
+                self.print_end(carry.end, self.broadcast(block, carry.axes), carry.axes)
+        return self.lines
 
     def print_scan(self) -> list[str]:
         names = [f"b_{identifier(_leaf_name(c.leaf))}" for c in self.kernel.carries]

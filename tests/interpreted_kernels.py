@@ -1,0 +1,181 @@
+"""Generated Triton kernels in Triton's interpreter against the reference; run by test_codegen.py.
+
+Not collected with the other tests: TRITON_INTERPRET must be set before triton is imported, and then holds for the process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, Case, Sizes, make_inputs
+from differentiated import Result, as_argument, as_list, differentiated, scan
+
+from lmoe_compiler.codegen import run
+from lmoe_compiler.codegen.plan import Choice, Tuning
+
+# Rows past the end divide zero by zero before they are masked; numpy says so, a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+TOLERANCE = 2e-5  # fp32 arithmetic against float64
+BY_NAME = {case.name: case for case in CASES}
+CHUNKED = (
+    "linear_attention",
+    "normalised_linear_attention",
+    "retention",
+    "simple_gla",
+    "mamba2",
+    "gla",
+)
+CHUNKED += ("hgrn2", "delta_rule", "gated_delta_rule", "kda", "rwkv7", "ttt_linear")
+ONE_OF_EACH = ("simple_gla", "gla", "gated_delta_rule", "kda")
+
+SCAN = Tuning(block=16, num_stages=2)
+WHOLE = Choice(chunk=16, default=SCAN)
+PREPARED = replace(WHOLE, prepare=True, prepare_rows=True)
+PLANS = {
+    "whole": WHOLE,
+    "prepared": PREPARED,
+    "segments": replace(PREPARED, segments=3),
+    "tiles": replace(PREPARED, kernels=(("gradients", Tuning(block=16)),)),
+    "inner": replace(
+        PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))
+    ),
+    "fused": replace(PREPARED, fused=True),
+}
+
+
+def single(sizes: Sizes, case: Case, **changes: torch.Tensor):
+    """The same inputs twice: float64 for the reference, float32 for the kernels."""
+    inputs, states = make_inputs(case, sizes)
+    inputs = {name: changes.get(name, x).float().double() for name, x in inputs.items()}
+    states = [x.float().double() for x in states]
+    return (inputs, states), (
+        {n: x.float() for n, x in inputs.items()},
+        [x.float() for x in states],
+    )
+
+
+def assert_close(actual: Result, expected: Result) -> None:
+    """Relative RMS of every output and gradient; a NaN is never close."""
+    wanted = expected.tensors()
+    for name, x in actual.tensors().items():
+        error = (x.double() - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-20)
+        assert error < TOLERANCE, f"{name}: relative error {error:.1e}"
+
+
+def check(case: Case, sizes: Sizes, **options: object) -> None:
+    exact, rounded = single(sizes, case)
+    kernels = case.recurrence.with_options(implementation="triton", chunk_size=16)
+    assert_close(
+        differentiated(kernels, *rounded, **options),
+        differentiated(case.recurrence.reference, *exact, **options),
+    )
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_every_variant(name):
+    check(BY_NAME[name], Sizes(B=1, T=37, H=2, K=8, V=6))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
+def test_every_plan(name, plan, monkeypatch):
+    """What is stored, recomputed, tiled or cut into segments changes nothing."""
+    monkeypatch.setattr(run, "choose", lambda *_: PLANS[plan])
+    run.forget()
+    check(BY_NAME[name], Sizes(B=1, T=70, H=1, K=40, V=20))
+    run.forget()
+
+
+@pytest.mark.parametrize("T", [1, 16, 33])
+def test_any_length(T):
+    check(BY_NAME["gated_delta_rule"], Sizes(B=2, T=T, H=1, K=5, V=3))
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_packed_documents(name):
+    """Lengths 1, 20, 0 and 16: a document of one token, a ragged one, an empty one, a whole chunk."""
+    case, ends = BY_NAME[name], torch.tensor([0, 1, 21, 21, 37], dtype=torch.int32)
+    sizes = Sizes(B=1, T=37, H=1, K=8, V=6)
+    exact, rounded = single(sizes, case)
+    starts = [x.repeat(4, *(1,) * (x.dim() - 1)) for x in exact[1]]
+    kernels = case.recurrence.with_options(implementation="triton", chunk_size=16)
+    assert_close(
+        differentiated(kernels, rounded[0], [x.float() for x in starts], cu_seqlens=ends),
+        differentiated(case.recurrence.reference, exact[0], starts, cu_seqlens=ends),
+    )
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
+def test_resets_and_strong_decays(name):
+    """Log decays of -inf, -1000 and -1e-4 side by side: exact, in every gradient."""
+    case, sizes = BY_NAME[name], Sizes(B=1, T=40, H=1, K=8, V=6)
+    g = make_inputs(case, sizes)[0]["g"]
+    pattern = torch.tensor([-1e-4, -1000.0, -0.5, -float("inf"), -3.0], dtype=g.dtype)
+    gates = pattern[torch.arange(g.numel()) % 5].reshape(g.shape)
+    exact, rounded = single(sizes, case, g=gates)
+    kernels = case.recurrence.with_options(implementation="triton", chunk_size=16)
+    actual = differentiated(kernels, *rounded)
+    expected = differentiated(case.recurrence.with_options(implementation="torch"), *exact)
+    assert_close(actual, expected)
+
+
+def test_grouped_heads():
+    """Head h reads group h // factor; gradients of a group are sums over its heads."""
+    case = BY_NAME["gated_delta_rule"]
+    exact, rounded = single(Sizes(B=1, T=20, H=4, K=8, V=6), case)
+    for inputs, _ in (exact, rounded):
+        inputs["q"], inputs["k"] = inputs["q"][:, :, :2], inputs["k"][:, :, ::2]
+    kernels = case.recurrence.with_options(implementation="triton", chunk_size=16)
+    assert_close(
+        differentiated(kernels, *rounded), differentiated(case.recurrence.reference, *exact)
+    )
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_step(name):
+    """One kernel advances the states as a scan over one token does."""
+    case = BY_NAME[name]
+    (exact, starts), (rounded, states) = single(Sizes(B=2, T=1, H=2, K=24, V=20), case)
+    token = {v.name: v.kind == "token" for v in case.recurrence.program().inputs}
+    now = [x[:, 0] if token[n] else x for n, x in rounded.items()]
+    stepped = case.recurrence.with_options(implementation="triton").step
+    output, after = stepped(*now, state=as_argument(states))
+    wanted, finals = scan(case.recurrence.reference, exact, starts)
+    for x, y in zip([output, *as_list(after)], [wanted[:, 0], *finals], strict=True):
+        assert (x.double() - y).norm() / y.norm() < TOLERANCE
+
+
+def test_half_precision_is_computed_by_kernels():
+    """The interpreter has no bf16 arithmetic: results carry its rounding of outputs only."""
+    case = BY_NAME["simple_gla"]
+    inputs, states = make_inputs(case, Sizes(B=1, T=20, H=1))
+    half = {name: x.bfloat16() for name, x in inputs.items()}
+    kernels = case.recurrence.with_options(implementation="triton")
+    output = kernels(*half.values(), initial_state=states[0].float())
+    expected = case.recurrence.reference(
+        *(x.double() for x in half.values()), initial_state=states[0]
+    )
+    assert output.dtype == torch.bfloat16
+    assert ((output.double() - expected).norm() / expected.norm()) < 5e-3
+
+
+def test_source_is_what_runs():
+    """`source` is an importable module: header, the user's line, one kernel after the other."""
+    case = BY_NAME["gated_delta_rule"]
+    inputs, _ = make_inputs(case, Sizes(B=1, T=20, H=1))
+    program = case.recurrence.program()
+    tensors = [x.float() for x in inputs.values()]
+    options = case.recurrence.with_options(implementation="triton").options
+    text = run.source(program, tensors, None, None, options)
+    compile(text, "source", "exec")
+    for part in (
+        "recurrence gated_delta_rule",
+        "Plan for",
+        "delta_rule.py:",
+        "@triton.jit",
+        "# [C, C]",
+    ):
+        assert part in text

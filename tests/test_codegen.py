@@ -1,0 +1,24 @@
+"""Generated kernels run in Triton's interpreter, in a process of their own (interpreted_kernels.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "LMOE_KERNEL_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(HERE / "interpreted_kernels.py")],
+        env=environment, capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
