@@ -74,6 +74,7 @@ def _for_inductor(passes: PassPipeline, graph: GraphRecord) -> Any:
 
     class Passes(CustomGraphPass):
         def __call__(self, aten: fx.Graph) -> None:
+            assert aten.owning_module is not None
             passes.run(aten.owning_module, graph)
 
         def uuid(self) -> str:

@@ -6,6 +6,7 @@ A stage is (title, text). Nothing is computed here: each level prints itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def announce(program: Program) -> None:
     sections = {"recurrence IR": "ir", "analysis": "analysis"}
     if environment().debug & {"ir", "analysis", "chunk"}:
         for title, text in of_program(program):
-            show(sections.get(title, "chunk"), f"{program.name}, {title}", lambda page=text: page)
+            show(sections.get(title, "chunk"), f"{program.name}, {title}", partial(str, text))
 
 
 def proofs(program: Program) -> str:

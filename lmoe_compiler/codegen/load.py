@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lmoe_compiler.config import environment
+from lmoe_compiler.debug import show
 
 
 def kernel_folder() -> Path:
@@ -40,6 +41,7 @@ def load_module(variant: str, text: str) -> ModuleType:
         )
     name = f"lmoe_generated_{path.stem.replace('-', '_')}"
     if name not in sys.modules:
+        show("triton", str(path), lambda: text)
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
