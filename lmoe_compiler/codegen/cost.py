@@ -169,7 +169,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     largest = max((size for _, size in call.sizes), default=16)
     chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
     stages = (3 if chunk == 32 else 2) if half else 1
-    parallel = Tuning(block=64, num_warps=4 if chunk > 16 else 2, num_stages=1)
+    parallel = Tuning(block=64 if half else 32, num_warps=4, num_stages=1)
     prepare = Tuning(block=0, num_warps=_prepare_warps(chunk, vector), num_stages=1)
     return Choice(
         chunk=chunk,
