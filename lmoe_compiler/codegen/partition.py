@@ -30,6 +30,7 @@ from lmoe_compiler.codegen.plan import (
     padded,
 )
 from lmoe_compiler.codegen.segments import segment_carries
+from lmoe_compiler.codegen.solve_form import solve_form
 from lmoe_compiler.codegen.tile import inside_levels, to_tiles
 from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.codegen.token import token_graph
@@ -245,7 +246,7 @@ def _has_token(node: Node) -> bool:
 
 
 def _label(node: Node) -> str:
-    return "inverse" if node.op == "inverse" else "pairs"
+    return "inverse" if _has_inverse(node) else "pairs"
 
 
 def _initial(var: Var, present: bool) -> Value | None:
@@ -255,9 +256,11 @@ def _initial(var: Var, present: bool) -> Value | None:
 def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     """prepare (if chosen, or if there is a solve) and one fused scan."""
     program = chunk.program
-    output, *following = to_tiles(
+    roots = to_tiles(
         [chunk.output, *chunk.next_states], dict(call.sizes), _values(program), call.exact
     )
+    names = frozenset(v.name for v in program.states)
+    output, *following = solve_form(roots, names) if choice.prepare else roots
     nodes = closure([output, *following])
     part = Partition(program, choice, call)
     if choice.prepare:
@@ -322,6 +325,10 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         _values(program),
         call.exact,
     )
+    states = frozenset(v.name for v in program.states)
+    adjoints = frozenset(gradient_name(v) for v in program.states)
+    if choice.prepare:
+        roots = solve_form(roots, states | adjoints)
     grads, before, after = (
         roots[:count],
         roots[count : count + len(program.states)],
@@ -329,15 +336,13 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     )
     nodes = closure(roots)
     leaves = _leaves(nodes)
-    states = frozenset(v.name for v in program.states)
-    adjoints = frozenset(gradient_name(v) for v in program.states)
     part = Partition(program, choice, call)
     if choice.prepare:
         part.prepare(nodes, states | adjoints | {gradient_name(OUTPUT)})
 
     needed = closure([*grads, *(before if choice.fused else [])])
     depends = dependences(nodes, states | adjoints)
-    solves = [n for n in needed if _is_solve(n) and depends[n]]
+    solves = _solves([n for n in needed if depends[n]])
 
     def carried(
         var: Var, leaf: str, following: Node, start: Value | None, end: Value | None
@@ -408,10 +413,21 @@ def _fits_scan(
     )
 
 
+def _solves(nodes: Sequence[Node]) -> list[Node]:
+    """Results of triangular systems: products with an inverse, and sums of such products (solve_form.py)."""
+    found = [n for n in nodes if _is_solve(n)]
+    terms = {a for n in found if n.op in ("add", "sub", "neg") for a in n.args}
+    return [n for n in found if n not in terms]
+
+
 def _is_solve(node: Node) -> bool:
-    if node.op == "rename":
-        node = node.args[0]
-    return node.op == "dot" and any(a.op == "inverse" for a in node.args)
+    if node.op in ("rename", "add", "sub", "neg"):
+        return all(_is_solve(a) for a in node.args)
+    return node.op == "dot" and any(_has_inverse(a) for a in node.args)
+
+
+def _has_inverse(node: Node) -> bool:
+    return node.op == "inverse" or (node.op == "mul" and any(_has_inverse(a) for a in node.args))
 
 
 def _results(nodes: Sequence[Node], name: str) -> list[Store]:
