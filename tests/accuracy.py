@@ -14,6 +14,10 @@ ALLOWED = {
 }
 
 
+measured: list[tuple[str, float]] = []
+"""What the current test compared, for its report: name and relative RMS error."""
+
+
 def relative_rms(actual: Tensor, exact: Tensor) -> float:
     error = (actual.double() - exact.double()).square().mean().sqrt()
     return float(error / exact.double().square().mean().sqrt().clamp_min(1e-30))
@@ -30,6 +34,7 @@ def assert_accurate(
     for name, x in actual.items():
         kind = "gate" if x.dim() < 4 else "gradient" if name.startswith("d") else "output"
         error, least = relative_rms(x, exact[name]), relative_rms(floor[name], exact[name])
+        measured.append((name, error))
         if not error <= max(1.5 * least, ALLOWED[dtype][kind]):
             wrong.append(f"{name}: {error:.1e}, float32 loop {least:.1e}")
     assert not wrong, wrong

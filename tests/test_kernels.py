@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_accurate
+from accuracy import assert_accurate, measured
 from cases import CASES, Case, Sizes, make_inputs, with_extremes
-from differentiated import Result, differentiated, scan
+from differentiated import Result, as_argument, as_list, differentiated, scan
 
 from lmoe_compiler.codegen import run
 from lmoe_compiler.models import RECURRENCES
@@ -20,8 +20,19 @@ pytestmark = pytest.mark.gpu
 KERNELS = [case for case in CASES if case.kind != "nonlinear"]
 every_case = pytest.mark.parametrize("case", KERNELS, ids=str)
 half = torch.bfloat16
-SIZES = Sizes(B=2, T=200, H=3, K=64, V=64)
+SIZES = Sizes(B=2, T=200, H=2, K=64, V=64)
 BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture(autouse=True)
+def _reported(record_property):
+    """The worst error of an output or state, and of a gradient, in the report of a run."""
+    measured.clear()
+    yield
+    for kind, gradients in (("outputs", False), ("gradients", True)):
+        errors = [error for name, error in measured if name.startswith("d") == gradients]
+        if errors:
+            record_property(kind, max(errors))
 
 
 def generated(case: Case, **options):
@@ -58,9 +69,10 @@ def test_outputs_states_and_gradients(case, dtype):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [half, torch.float32], ids=str)
 @pytest.mark.parametrize("T", [1, 63, 64, 65])
-def test_any_length(case, T):
-    assert_right(case, *prepared(case, Sizes(1, T, 2, 64, 64), half), half)
+def test_any_length(case, dtype, T):
+    assert_right(case, *prepared(case, Sizes(1, T, 2, 64, 64), dtype), dtype)
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
@@ -123,19 +135,37 @@ def test_every_element_is_written(case, monkeypatch):
         assert torch.equal(x, expected.tensors()[name]), name
 
 
-@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule", "rwkv7"])
+@every_case
+@pytest.mark.parametrize("dtype", [half, torch.float32], ids=str)
 @pytest.mark.parametrize("T", [1000, 8192])
-def test_long_sequences(name, T):
-    """Against the CPU's chunk form in float64, which other tests hold to the definition."""
-    case = BY_NAME[name]
-    inputs, states = prepared(case, Sizes(1, T, 2, 64, 64), half)
+def test_long_sequences(case, dtype, T):
+    """Against the chunk form of ATen operations in float64, which other tests hold to the definition."""
+    inputs, states = prepared(case, Sizes(1, T, 2, 64, 64), dtype)
     exact = differentiated(
         case.recurrence.with_options(implementation="torch"),
         {n: x.double() for n, x in inputs.items()},
         [x.double() for x in states],
     ).tensors()
     actual = differentiated(generated(case), inputs, states).tensors()
-    assert_accurate(actual, exact, exact, half)
+    assert_accurate(actual, exact, exact, dtype)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [half, torch.float32], ids=str)
+def test_step_by_step_is_the_scan(case, dtype):
+    inputs, states = prepared(case, Sizes(2, 5, 2, 64, 64), dtype)
+    double = {name: x.double() for name, x in inputs.items()}
+    exact, ends = scan(case.recurrence.reference, double, [x.double() for x in states])
+    tokens = {var.name for var in case.recurrence.inputs if var.kind == "token"}
+    outputs = []
+    for t in range(5):
+        now = {name: x[:, t] if name in tokens else x for name, x in inputs.items()}
+        o, after = generated(case).step(**now, state=as_argument(states))
+        outputs.append(o)
+        states = as_list(after)
+    found = {"o": torch.stack(outputs, 1)} | {f"S{n}": x for n, x in enumerate(states)}
+    expected = {"o": exact} | {f"S{n}": x for n, x in enumerate(ends)}
+    assert_accurate(found, expected, expected, dtype)
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])

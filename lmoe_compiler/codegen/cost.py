@@ -24,7 +24,7 @@ B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-SEGMENTS = False
+SEGMENTS = True
 """Whether partition.py cuts sequences yet."""
 
 RULES = """\
@@ -164,13 +164,14 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     steps = _steps(program)
     solves = any(s.feedbacks for s in steps)
     vector = any(d.factor.axes for s in steps for d in s.decays)
-    segments = _segments(call, batch, length) if segmented(program, direction) else 1
+    may_cut = segmented(program, direction) and not call.varlen
+    segments = _segments(call, batch, length) if may_cut else 1
     half = call.dtype != "fp32"
     largest = max((size for _, size in call.sizes), default=16)
     chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
     stages = (3 if chunk == 32 else 2) if half else 1
     parallel = Tuning(block=64 if half else 32, num_warps=4, num_stages=1)
-    prepare = Tuning(block=0, num_warps=_prepare_warps(chunk, vector), num_stages=1)
+    prepare = Tuning(0, 0, _prepare_warps(chunk, vector), 1, inner=32 if vector and half else 0)
     return Choice(
         chunk=chunk,
         segments=segments,

@@ -147,11 +147,6 @@ def _torch() -> Any:
 # ---- compiled plans
 
 
-def forget() -> None:
-    """Drops compiled plans, so that the next call asks the cost model again."""
-    _executables.clear()
-
-
 _executables: dict[tuple[Any, ...], Executable] = {}
 _kept: list[Program] = []
 
