@@ -171,7 +171,7 @@ def test_two_spans_compose_to_the_whole(name):
 
 
 @pytest.mark.parametrize("name", SPANNED)
-@pytest.mark.parametrize("bounds", [None, [0, 25], [0, 9, 25], [0, 25, 25]])
+@pytest.mark.parametrize("bounds", [None, [0, 0, 25], [0, 9, 25], [0, 25, 25]])
 def test_span_maps_and_their_gradients(name, bounds):
     p = program(name)
     inputs, options = make_inputs(p, 1, 25), Options(chunk_size=8)

@@ -154,9 +154,16 @@ def contract(x: Node, y: Node, axes: Sequence[str]) -> Node:
     return reduce(sum_over, axes[1:], dot(x, y, axes[0]))
 
 
+def is_causal(x: Node, strict: bool) -> bool:
+    """Whether the entries that `causal` would clear are zero by construction."""
+    if x.op in ("mul", "neg"):
+        return any(is_causal(a, strict) for a in x.args)
+    return x.op == "causal" and bool(x["strict"] or not strict)
+
+
 def causal(x: Node, strict: bool) -> Node:
-    if x is ZERO:
-        return ZERO
+    if x is ZERO or is_causal(x, strict):
+        return x
     return neg(causal(x.args[0], strict)) if x.op == "neg" else make("causal", x, strict=strict)
 
 

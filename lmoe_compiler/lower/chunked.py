@@ -20,7 +20,6 @@ from lmoe_compiler.layout import Sizes
 from lmoe_compiler.lower.adjoint import OUTPUT, adjoint
 from lmoe_compiler.lower.chunk import build
 from lmoe_compiler.lower.hoist import (
-    by_inverse,
     dependent,
     hoisted,
     inverted,
@@ -31,8 +30,8 @@ from lmoe_compiler.lower.phases import CHUNKS, Carry, Env, Phases
 from lmoe_compiler.lower.program import VALID, ChunkProgram, gradient_name
 from lmoe_compiler.lower.rows import from_chunks, narrowed, to_chunks, to_head
 
-# Tokens of one segment: its intermediates should stay in the last-level cache.
-SEGMENT_ELEMENTS = 1 << 20
+# Entries of one token input in a segment: its intermediates should stay in the last-level cache.
+SEGMENT_ELEMENTS = 1 << 19
 
 
 @cache
@@ -78,10 +77,10 @@ def _phases(
     leaves = [leaf for leaf, _ in (*forward, *backward)]
     everything = [following for _, following in (*forward, *backward)] + roots
     for leaf in leaves:
-        everything = hoisted(everything, leaf, by_inverse)
+        everything = hoisted(everything, leaf, in_loop=False)
     carries = []
     for i, leaf in enumerate(leaves):
-        (following,) = hoisted([everything[i]], leaf, lambda node: True)
+        (following,) = hoisted([everything[i]], leaf, in_loop=True)
         carries.append(Carry(leaf, following, reverse=i >= len(forward)))
     return Phases(tuple(_ordered(carries)), tuple(everything[len(leaves) :]))
 

@@ -24,27 +24,23 @@ def halves(x: Tensor, h: int) -> tuple[Tensor, Tensor]:
 
 def levels(g: Tensor, exclusive: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(h, decay of upper rows from the middle, decay of lower rows to the middle) for h = 1, 2, ..., C / 2."""
-    to_row = torch.zeros_like(g) if exclusive else g
-    after = torch.zeros_like(g)
+    to_row = (
+        torch.zeros_like(g, memory_format=torch.contiguous_format)
+        if exclusive
+        else g.clone(memory_format=torch.contiguous_format)
+    )
+    after = torch.zeros_like(to_row)
     whole = g
     h = 1
     while h < g.shape[-2]:
-        _, upper = halves(to_row, h)
-        lower, _ = halves(after, h)
+        lower, upper = halves(after, h)[0], halves(to_row, h)[1]
         yield h, upper.exp(), lower.exp()
-        to_row = _doubled(to_row, whole, h, upper=True)
-        after = _doubled(after, whole, h, upper=False)
-        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
-        whole = first + second
+        # Local sums of blocks of 2h rows: one half has the other half's whole sum to add.
+        of_first, of_second = whole.unflatten(-2, (-1, 2)).split(1, dim=-2)
+        upper.add_(of_first)
+        lower.add_(of_second)
+        whole = (of_first + of_second).squeeze(-2)
         h *= 2
-
-
-def _doubled(sums: Tensor, whole: Tensor, h: int, upper: bool) -> Tensor:
-    """Local sums of blocks of 2h rows from those of h: one half has the other half's whole sum to add."""
-    first, second = halves(sums, h)
-    of_first, of_second = whole.unflatten(-2, (-1, 2)).split(1, dim=-2)
-    pair = (first, second + of_first) if upper else (first + of_second, second)
-    return torch.stack(pair, dim=-3).flatten(-4, -2)
 
 
 def corner(weights: Tensor, h: int) -> Tensor:

@@ -51,23 +51,19 @@ def dependent(roots: Iterable[Node], leaf: Node) -> set[Node]:
     return found
 
 
-def hoisted(roots: Sequence[Node], leaf: Node, through: Callable[[Node], bool]) -> list[Node]:
+def hoisted(roots: Sequence[Node], leaf: Node, in_loop: bool) -> list[Node]:
     """Equal nodes in which factors independent of `leaf` meet first.
 
-    Factors always move into the products that they scale; a product is reassociated where `through` allows it.
+    For what runs `in_loop` everything is hoisted; elsewhere only through inverses, so that the loop and the rest
+    share the right-hand sides that were solved before.
     """
-    return rewritten(roots, _Hoist(leaf, through))
-
-
-def by_inverse(node: Node) -> bool:
-    """A product with the inverse of a triangular matrix."""
-    return any(a.op == "solve" for a in node.args)
+    return rewritten(roots, _Hoist(leaf, in_loop))
 
 
 class _Hoist:
-    def __init__(self, leaf: Node, through: Callable[[Node], bool]) -> None:
+    def __init__(self, leaf: Node, in_loop: bool) -> None:
         self.known = {leaf: True}
-        self.through = through
+        self.in_loop = in_loop
 
     def depends(self, node: Node) -> bool:
         if node not in self.known:
@@ -81,7 +77,8 @@ class _Hoist:
             return node
         if node.op == "rename":
             return self.renamed(node.args[0], str(node["old"]), str(node["new"]))
-        if node.op == "mul" or (node.op == "dot" and self.through(node)):
+        inverse = node.op == "dot" and any(a.op == "solve" for a in node.args)
+        if inverse or (self.in_loop and node.op in ("mul", "dot")):
             x, y = node.args
             if self.depends(x) and self.depends(y):
                 return node

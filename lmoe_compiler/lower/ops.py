@@ -41,8 +41,17 @@ def _prefix(node: Node, args: list[Value]) -> Value:
 
 
 def _suffix(node: Node, args: list[Value]) -> Value:
+    if SOURCE in args[0].axes:
+        return _suffix_of_pairs(node, args[0])
     x, axes = _rows_last(args[0], ROW)
     return Value(running_sum(x.flip(-1), bool(node["inclusive"])).flip(-1), axes)
+
+
+def _suffix_of_pairs(node: Node, x: Value) -> Value:
+    """Pairs [t, s] are gradients and finite, so their sums may be a product with ones."""
+    pairs, axes = _rows_last(x, ROW, SOURCE)
+    ones = pairs.new_ones(pairs.shape[-2:]).triu(0 if node["inclusive"] else 1)
+    return Value(ones @ pairs, axes)
 
 
 def segment_sums(g: Tensor, exclusive: bool) -> Tensor:
@@ -74,6 +83,21 @@ def _decayed(function: Callable[..., Tensor]) -> Rule:
         return Value(result, node.axes)
 
     return rule
+
+
+def siblings(gate: Node) -> tuple[Node, Node]:
+    """The gradients to rows and to sources that one pass over the levels gives beside a decayed_gate."""
+    w, r, x, g = gate.args
+    return _same("decayed_rows", gate, w, x, g), _same("decayed_cols", gate, w, r, g)
+
+
+def decayed_gradients(gate: Node, args: Sequence[Value]) -> list[Value]:
+    """The values of a decayed_gate's two siblings and of itself."""
+    axes = (ROW, str(gate["axis"]))
+    r, x, g = (value.to(axes) for value in args[1:])
+    strict, exclusive = bool(gate["strict"]), bool(gate["exclusive"])
+    results = dyadic.decayed_gradients(args[0].to((ROW, SOURCE)), r, x, g, strict, exclusive)
+    return [Value(result, axes) for result in results]
 
 
 def _solve(node: Node, args: list[Value]) -> Value:
@@ -127,6 +151,15 @@ def _guarded(value: Callable[[Node], Node], pole: float) -> Vjp:
         return (al.where(al.make("eq", x, al.const(pole)), al.ZERO, al.div(d, value(x))),)
 
     return vjp
+
+
+def _of_exp(node: Node, d: Node) -> tuple[Node]:
+    """d * y. If y scales x, d is d' * x for some d': d' * y is then x's gradient, and is shared."""
+    if d.op == "neg":
+        return (al.neg(_of_exp(node, d.args[0])[0]),)
+    if d.op == "mul":
+        return (al.mul(al.mul(d.args[0], node), d.args[1]),)
+    return (al.mul(d, node),)
 
 
 def _of_mul(node: Node, d: Node) -> Sequence[Node]:
@@ -239,7 +272,7 @@ _GAUSS = al.const(2 / math.sqrt(math.pi))
 
 VJP: dict[str, Vjp] = {
     "neg": lambda node, d: (al.neg(d),),
-    "exp": _unary(lambda x, y: y),
+    "exp": _of_exp,
     "log": _guarded(lambda x: x, 0.0),
     "log1p": _guarded(lambda x: al.add(al.ONE, x), -1.0),
     "sigmoid": _unary(lambda x, y: al.mul(y, al.sub(al.ONE, y))),

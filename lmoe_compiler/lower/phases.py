@@ -7,7 +7,7 @@ nodes between leaf and following; all others are evaluated for all chunks at onc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from lmoe_compiler.ir.interpret import Value, apply_op
 from lmoe_compiler.ir.nodes import Node, topological
 from lmoe_compiler.lower.hoist import dependent
-from lmoe_compiler.lower.ops import RULES
+from lmoe_compiler.lower.ops import RULES, decayed_gradients, siblings
 
 Env = dict[Node, Value]
 CHUNKS = "chunks"
@@ -47,6 +47,15 @@ class Carry:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Nodes evaluated for all chunks, then the loop of a carry. `dead[i]` are not needed after node i."""
+
+    order: tuple[Node, ...]
+    dead: tuple[tuple[Node, ...], ...]
+    carry: Carry | None
+
+
+@dataclass(frozen=True)
 class Phases:
     """Carries in an order in which each depends on earlier ones only, and the values wanted of every chunk."""
 
@@ -54,33 +63,65 @@ class Phases:
     roots: tuple[Node, ...]
 
     @cached_property
-    def _order(self) -> dict[tuple[Node, ...], tuple[Node, ...]]:
-        return {}
+    def gates(self) -> dict[Node, Node]:
+        """The decayed_gate in whose pass another gradient of the same product is found."""
+        wanted = [*self.roots, *(carry.following for carry in self.carries)]
+        gates = [node for node in topological(wanted) if node.op == "decayed_gate"]
+        return {sibling: gate for gate in gates for sibling in siblings(gate)}
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        known: set[Node] = set()
+        parts: list[tuple[list[Node], Carry | None]] = []
+        for carry in (*self.carries, None):
+            wanted = self.roots if carry is None else carry.frontier
+            order = _needed(wanted, known | {c.leaf for c in self.carries}, self.gates)
+            known.update(order)
+            parts.append((order, carry))
+        return tuple(reversed(list(_with_deaths(parts, set(self.roots)))))
 
     def run(
         self, env: Env, ends: Mapping[Node, Tensor], sizes: Mapping[str, int]
     ) -> tuple[list[Value], dict[Node, Tensor]]:
         """Roots, and each carry's value after its last chunk. `env` has the other leaves; `ends` the first values."""
         finals: dict[Node, Tensor] = {}
-        for carry in self.carries:
-            self._evaluate(carry.frontier, env, sizes)
-            entries, finals[carry.leaf] = loop(carry, env, ends[carry.leaf], sizes)
-            env[carry.leaf] = Value(entries, carry.leaf.axes)
-        self._evaluate(self.roots, env, sizes)
+        like = next(iter(env.values())).tensor
+        for phase in self.phases:
+            for node, dead in zip(phase.order, phase.dead, strict=True):
+                args = [env[a] for a in node.args]
+                if node.op == "decayed_gate":
+                    pass_ = decayed_gradients(node, args)
+                    env.update(zip((*siblings(node), node), pass_, strict=True))
+                elif node not in self.gates and node.op != "input":
+                    env[node] = apply_op(node, args, sizes, like, RULES)
+                for done in dead:
+                    del env[done]
+            if phase.carry is not None:
+                leaf = phase.carry.leaf
+                entries, finals[leaf] = loop(phase.carry, env, ends[leaf], sizes)
+                env[leaf] = Value(entries, leaf.axes)
         return [env[root] for root in self.roots], finals
 
-    def _evaluate(self, roots: tuple[Node, ...], env: Env, sizes: Mapping[str, int]) -> None:
-        if roots not in self._order:
-            self._order[roots] = tuple(_needed(roots, env))
-        like = next(iter(env.values())).tensor
-        for node in self._order[roots]:
-            env[node] = apply_op(node, [env[a] for a in node.args], sizes, like, RULES)
+
+def _with_deaths(
+    parts: Sequence[tuple[list[Node], Carry | None]], alive: set[Node]
+) -> Iterator[Phase]:
+    """The phases, last first, with what dies at each node: nothing later uses it."""
+    for order, carry in reversed(parts):
+        if carry is not None:
+            alive.update(carry.frontier)
+        dead: list[tuple[Node, ...]] = []
+        for node in reversed(order):
+            dying = tuple(a for a in dict.fromkeys((*node.args, node)) if a not in alive)
+            alive.update(dying)
+            dead.append(tuple(a for a in dying if a.op != "input"))
+        yield Phase(tuple(order), tuple(reversed(dead)), carry)
 
 
-def _needed(roots: Sequence[Node], env: Env) -> list[Node]:
-    """What must be evaluated for `roots`, operands first, nothing below what is there already."""
+def _needed(roots: Sequence[Node], known: set[Node], after: Mapping[Node, Node]) -> list[Node]:
+    """What must be evaluated for `roots`, operands first (and what a node comes `after`), nothing below `known`."""
     order: list[Node] = []
-    seen = set(env)
+    seen = set(known)
     stack = [(root, False) for root in reversed(roots)]
     while stack:
         node, ready = stack.pop()
@@ -90,6 +131,8 @@ def _needed(roots: Sequence[Node], env: Env) -> list[Node]:
             seen.add(node)
             stack.append((node, True))
             stack.extend((a, False) for a in reversed(node.args))
+            if node in after:
+                stack.append((after[node], False))
     return order
 
 

@@ -90,7 +90,10 @@ def span_map_backward(
 def _last_document(
     program: Program, inputs: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[list[Tensor], bool]:
-    """The inputs of the last document's tokens, and whether it fills the span."""
+    """The inputs of the last document's tokens, and whether it fills the span.
+
+    Documents without tokens ahead of it are no boundary: a shard's offsets have them.
+    """
     if cu_seqlens is None:
         return list(inputs), True
     start = int(cu_seqlens[-2])
@@ -98,7 +101,7 @@ def _last_document(
         x[:, start:] if var.kind == "token" else x
         for var, x in zip(program.inputs, inputs, strict=True)
     ]
-    return tokens, cu_seqlens.shape[0] == 2
+    return tokens, start == 0
 
 
 def _identity(axes: tuple[str, ...], sizes: layout.Sizes, like: Tensor) -> Tensor:
