@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--tokens", type=int, default=200, help="new tokens (default: 200)")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0 takes the likeliest (default: 0.7)"
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)"
     )
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus (default: 0.95)")
     parser.add_argument("--seed", type=int, default=0)

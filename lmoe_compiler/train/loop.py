@@ -193,7 +193,8 @@ class Trainer:
             assert output.loss is not None
             assert output.cross_entropy is not None
             if not torch.isfinite(output.loss):
-                where = diagnose.first_non_finite(self.model, *batch)
+                with self._precision():
+                    where = diagnose.first_non_finite(self.model, *batch)
                 self._stop(f"the loss is {float(output.loss.detach())}", where)
             (output.loss / self.config.accumulate).backward()
             total += float(output.cross_entropy.detach()) / self.config.accumulate

@@ -184,7 +184,7 @@ def write_sample(trainer: Trainer, corpus: Corpus) -> str:
     model, config = trainer.model.eval(), trainer.config
     new = [
         int(token[0])
-        for token in stream(model, [tokens], config.sample_tokens, temperature=0.7, top_p=0.95)
+        for token in stream(model, [tokens], config.sample_tokens, temperature=0.9, top_p=0.95)
     ]
     text = corpus.tokenizer.decode([*tokens, *new])
     (trainer.run / "sample.txt").write_text(text)
