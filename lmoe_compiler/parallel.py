@@ -54,7 +54,7 @@ def follow_tokens(compiled: Any, sequence_dim: int) -> Any:
     def mark(args: Any, kwargs: dict[str, Any]) -> None:
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor) and x.dim() > sequence_dim:
-                torch._dynamo.maybe_mark_dynamic(x, sequence_dim)  # type: ignore[attr-defined]
+                torch._dynamo.maybe_mark_dynamic(x, sequence_dim)
 
     if isinstance(compiled, nn.Module):
         hook = lambda _, args, kwargs: mark(args, kwargs)  # noqa: E731

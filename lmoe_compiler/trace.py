@@ -182,7 +182,7 @@ class _DimSource(Source):
     def __init__(self, dim: str) -> None:
         self.dim = dim
 
-    def guard_source(self) -> GuardSource:
+    def guard_source(self) -> GuardSource:  # type: ignore[override]
         return GuardSource.CONSTANT
 
     @property

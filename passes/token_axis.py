@@ -222,8 +222,8 @@ class _Watch(TorchDispatchMode):
             return f"{func} normalises over tokens" if over else ""
         if name in ("index", "index_put", "index_put_", "_unsafe_index"):
             axes = [d for d, i in enumerate(args[1]) if i is not None]
-            over = set(axes) & set(axes_with(tensors[0], self.symbol))
-            return f"{func} picks rows of other tokens" if over else ""
+            picked = set(axes) & set(axes_with(tensors[0], self.symbol))
+            return f"{func} picks rows of other tokens" if picked else ""
         if name in _ALONG:
             return self._along(name, func, args, kwargs, tensors, out)
         return f"there is no rule for {func}"

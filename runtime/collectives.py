@@ -50,7 +50,7 @@ class _GlobalSum(torch.autograd.Function):
         return all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -63,7 +63,7 @@ class _SumGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grad, ctx.group), None
 
 
@@ -71,9 +71,9 @@ def global_sum(x: Tensor, group: str) -> Tensor:
     """Forward: sum over ranks. Backward: identity, since every rank holds the same derivative of
     the one result.
     """
-    return _GlobalSum.apply(x, group)  # type: ignore[no-any-return]
+    return _GlobalSum.apply(x, group)
 
 
 def sum_gradient(x: Tensor, group: str) -> Tensor:
     """Forward: identity. Backward: sum over ranks."""
-    return _SumGradient.apply(x, group)  # type: ignore[no-any-return]
+    return _SumGradient.apply(x, group)

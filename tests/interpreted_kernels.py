@@ -1,6 +1,7 @@
 """Generated Triton kernels in Triton's interpreter against the reference; run by test_codegen.py.
 
-Not collected with the other tests: TRITON_INTERPRET must be set before triton is imported, and then holds for the process.
+Not collected with the other tests: TRITON_INTERPRET must be set before triton is imported, and then holds for the
+process.
 """
 
 from __future__ import annotations

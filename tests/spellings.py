@@ -73,7 +73,18 @@ def delta_rule() -> list[Recurrence]:
         S = torch.func.vmap(column, in_dims=(1, 0), out_dims=1)(S, v)
         return S, torch.func.vmap(torch.dot, in_dims=(1, None))(S, q)
 
-    steps = (plain, matrix, row, old_and_new_value, gradient, addr, einsum, transposed, mse_gradient, columns)
+    steps = (
+        plain,
+        matrix,
+        row,
+        old_and_new_value,
+        gradient,
+        addr,
+        einsum,
+        transposed,
+        mse_gradient,
+        columns,
+    )
     return [define(step, b=Token) for step in steps]
 
 
@@ -155,7 +166,12 @@ def near_misses() -> list[Recurrence]:
         S = S + torch.outer(k, b * (v - S.T @ q))
         return S, S.T @ q
 
-    steps = (reads_before_the_decay, reads_out_before_the_update, decays_the_write, reads_by_the_query)
+    steps = (
+        reads_before_the_decay,
+        reads_out_before_the_update,
+        decays_the_write,
+        reads_by_the_query,
+    )
     return [define(step, g=Token, b=Token) for step in steps]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import ROWS
-from spellings import FAMILIES, define, delta_rule, gated_delta_rule, near_misses, nameless
+from spellings import FAMILIES, define, delta_rule, gated_delta_rule, nameless, near_misses
 
 from lmoe_compiler import Head, State, Token, recurrence
 from lmoe_compiler.analysis import interval
@@ -27,7 +27,9 @@ def test_spellings_are_one_program(family):
 
 
 def test_near_misses_are_other_programs():
-    programs = [nameless(r.ir) for r in (define(gated_delta_rule, g=Token, b=Token), *near_misses())]
+    programs = [
+        nameless(r.ir) for r in (define(gated_delta_rule, g=Token, b=Token), *near_misses())
+    ]
     for i, program in enumerate(programs):
         assert all(program != other for other in programs[i + 1 :])
 
@@ -155,7 +157,9 @@ def test_declared_bounds_narrow_the_range():
     assert interval(decay.log, bounds) == (-INF, 0)
 
 
-@pytest.mark.parametrize("gate", [lambda x, A: x, lambda x, A: 1 - 2 * torch.sigmoid(x), lambda x, A: torch.tanh(x)])
+@pytest.mark.parametrize(
+    "gate", [lambda x, A: x, lambda x, A: 1 - 2 * torch.sigmoid(x), lambda x, A: torch.tanh(x)]
+)
 def test_decay_that_may_be_negative_has_no_log(gate):
     decay, _ = decay_of(gate)
     assert decay.log is None

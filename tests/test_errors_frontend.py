@@ -99,12 +99,36 @@ def merges_axes(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
 # step, error, what it says of the value, the user's line, part of the code that works
 STEPS = (
     (one_value, errors.WrongReturn, "returned one value, not 2", "return S", "return S, output"),
-    (too_many, errors.WrongReturn, "returned 3 values, not 2", "return S, S, S.T @ q", "return S, output"),
-    (wrong_shape, errors.WrongReturn, "state S as [V, K], not [K, V]", "return S.T, S.T @ q", "S is [K, V]"),
+    (
+        too_many,
+        errors.WrongReturn,
+        "returned 3 values, not 2",
+        "return S, S, S.T @ q",
+        "return S, output",
+    ),
+    (
+        wrong_shape,
+        errors.WrongReturn,
+        "state S as [V, K], not [K, V]",
+        "return S.T, S.T @ q",
+        "S is [K, V]",
+    ),
     (not_a_tensor, errors.WrongReturn, "a float as output", "return S, 1.0", "return S, output"),
-    (branches, errors.DataDependentControlFlow, "value of a tensor", "if g > 0:", "torch.where(g > 0"),
+    (
+        branches,
+        errors.DataDependentControlFlow,
+        "value of a tensor",
+        "if g > 0:",
+        "torch.where(g > 0",
+    ),
     (converts, errors.DataDependentControlFlow, "value of a tensor", "float(g)", "torch.where"),
-    (adds_in_place, errors.InPlaceUpdate, "in place (add_)", "S += torch.outer(k, v)", "S = S + torch"),
+    (
+        adds_in_place,
+        errors.InPlaceUpdate,
+        "in place (add_)",
+        "S += torch.outer(k, v)",
+        "S = S + torch",
+    ),
     (sets_a_row, errors.InPlaceUpdate, "in place (copy_)", "S[0] = v", "S = S + torch"),
     (appends, errors.SideEffect, "calls .append(...)", "LOG.append(S)", "return S, o"),
     (counts, errors.SideEffect, "assigns the global COUNT", "COUNT = COUNT + 1", "return S, o"),
@@ -145,7 +169,7 @@ def number_annotation(S: State[K, V], q: Token[3]):
     return S, S.T @ q
 
 
-def unresolved(S: State[K, V], q: "Token[Nowhere]"):  # noqa: F821
+def unresolved(S: State[K, V], q: Token[Nowhere]):  # noqa: F821
     return S, S.T @ q
 
 

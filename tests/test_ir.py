@@ -88,9 +88,14 @@ def test_text_carries_the_users_lines(program):
     again = parse(print_program(program))
     for item, other in zip(program.body, again.body, strict=True):
         if isinstance(item, Step):
-            for part, twin in zip(item.decays + item.writes, other.decays + other.writes, strict=True):
+            for part, twin in zip(
+                item.decays + item.writes, other.decays + other.writes, strict=True
+            ):
                 assert (part.loc is None) == (twin.loc is None)
-                assert part.loc is None or (part.loc.file, part.loc.line) == (twin.loc.file, twin.loc.line)
+                assert part.loc is None or (part.loc.file, part.loc.line) == (
+                    twin.loc.file,
+                    twin.loc.line,
+                )
 
 
 @pytest.mark.parametrize("name", ROWS)

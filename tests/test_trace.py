@@ -14,7 +14,7 @@ from spellings import define, gated_delta_rule
 
 import lmoe_compiler as lmoe
 from lmoe_compiler import Head, State, Token, recurrence
-from lmoe_compiler.dims import K, V
+from lmoe_compiler.dims import K
 from lmoe_compiler.ir.interpret import Value, evaluate
 from lmoe_compiler.ir.nodes import topological
 from lmoe_compiler.trace import trace
@@ -95,7 +95,7 @@ def test_dims_of_a_function_and_annotations_as_text():
         """memory slots"""
 
     @recurrence
-    def local(S: State[K, Slots], q: Token[K], s: Token[Slots], u: "Head[Slots]", g: Token):
+    def local(S: State[K, Slots], q: Token[K], s: Token[Slots], u: Head[Slots], g: Token):
         S = g.exp() * S + torch.outer(q, s * u)
         return S, S.T @ q
 

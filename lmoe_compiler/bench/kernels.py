@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.parse_args(argv)
     cells = list(grid(chosen.grid, chosen.ops, chosen.shapes))
     sides = ("ours", "fla") if chosen.against else ("ours",)
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(header(), flush=True)
     for op, shape in cells:
         found = {side: run_cell(op, shape, side, chosen.limit) for side in sides}

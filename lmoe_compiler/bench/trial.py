@@ -47,7 +47,7 @@ def worst_error(workload: Workload, shape: Shape, direction: str) -> float:
     """The largest relative RMS error of an output or gradient against the definition in float64."""
     call, inputs, d_output = calls(workload, shape, direction)
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
-    o = RECURRENCES[workload.name].reference(**exact)
+    o = RECURRENCES[workload.name].reference(*exact.values())
     expected = [o.detach()]
     if direction == "backward":
         expected = list(torch.autograd.grad(o, list(exact.values()), d_output.double()))

@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
         shapes = [tuple(int(n) for n in text.split(",")) for text in chosen.shapes]  # type: ignore[misc]
     name = tuned.FILES.get(device().name)
     path = chosen.out or (tuned.FOLDER / name if name else Path("tuned.json"))
-    table = json.loads(path.read_text()) if path.exists() else {"device": device().name, "rows": {}}
+    empty: dict[str, Any] = {"device": device().name, "rows": {}}
+    table = json.loads(path.read_text()) if path.exists() else empty
     ops = chosen.ops or [w.name for w in GATE]
     cells = [Cell(*cell) for cell in itertools.product(ops, shapes, chosen.directions)]
     with ThreadPoolExecutor(chosen.workers) as pool:
@@ -113,8 +114,8 @@ class Cell:
             return None
         best = min(measured, key=lambda n: measured[n])
         found = {"us": measured[best], "rule_us": measured.get(0), "error": errors[best]}
-        choice = tuned.encode(dict(self.numbered)[best])
-        return {"op": self.task["op"], "shape": self.task["shape"], **found, "choice": choice}
+        encoded = tuned.encode(dict(self.numbered)[best])
+        return {"op": self.task["op"], "shape": self.task["shape"], **found, "choice": encoded}
 
 
 def _number(value: Any) -> float:

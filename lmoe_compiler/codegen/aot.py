@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmoe_compiler.codegen.plan import Kernel
+from lmoe_compiler.codegen.plan import Kernel, Load, Store
 from lmoe_compiler.codegen.triton import identifier
 
 SHARED_MEMORY_LIMIT = 232448
@@ -136,7 +136,8 @@ def plan_resources(plan: Any) -> dict[str, Resources]:
 
 def argument_types(names: Iterable[str], kernel: Kernel, dtype: str) -> dict[str, str]:
     """Triton's type of each parameter: lengths, offsets, values by their dtype, everything else as the inputs are."""
-    values = [s.value for s in (*kernel.loads, *kernel.stores)]
+    accesses: list[Load | Store] = [*kernel.loads, *kernel.stores]
+    values = [access.value for access in accesses]
     values += [v for c in kernel.carries for v in (c.start, c.end) if v is not None]
     full = {identifier(v.name) for v in values if v.dtype == "fp32"}
     types = {name: "*fp32" if name in full else f"*{dtype}" for name in names}

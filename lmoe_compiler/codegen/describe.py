@@ -33,7 +33,9 @@ def lines(plan: Plan) -> Iterator[str]:
     """One line a kernel: how it walks the chunks, what it carries, loads and stores, and its configuration."""
     yield f"chunks of {plan.chunk} tokens, {len(plan.kernels)} kernels"
     for kernel in plan.kernels:
-        yield f"{kernel.name}: {_walk(kernel)}; loads {_names(l.value.name for l in kernel.loads)}; stores {_names(s.value.name for s in kernel.stores)}; {_tuning(kernel)}"
+        loads = _names(load.value.name for load in kernel.loads)
+        stores = _names(store.value.name for store in kernel.stores)
+        yield f"{kernel.name}: {_walk(kernel)}; loads {loads}; stores {stores}; {_tuning(kernel)}"
 
 
 def _walk(kernel: Kernel) -> str:

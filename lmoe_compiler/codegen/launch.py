@@ -74,7 +74,10 @@ class Launcher:
         for axis, block in kernel.tiles:
             self.tiles *= -(-plan.size_of[axis] // block)
         tuning = kernel.tuning
-        self.options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
+        self.options: dict[str, Any] = {
+            "num_warps": tuning.num_warps,
+            "num_stages": tuning.num_stages,
+        }
 
     def __call__(
         self, tensors: Mapping[str, Tensor], extent: Extent, cu_seqlens: Tensor | None

@@ -1,6 +1,7 @@
 """Generated modules on disk: written once under their content's hash, imported from there, editable by the user.
 
-`LMOE_KERNEL_DIR` chooses the folder (default ~/.cache/lmoe). A file there that was edited is used as it is, with a warning.
+`LMOE_KERNEL_DIR` chooses the folder (default ~/.cache/lmoe). A file there that was edited is used as it is,
+with a warning.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def load_module(variant: str, text: str) -> ModuleType:
     if name not in sys.modules:
         show("triton", str(path), lambda: text)
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)

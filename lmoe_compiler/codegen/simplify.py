@@ -22,7 +22,7 @@ class Maker(Protocol):
 def values_first(
     build: Maker, node: Node, args: list[Node], values: Collection[str]
 ) -> Node | None:
-    """sum_V (sum_K k S) v = sum_K k (sum_V S v): the inner product with the values is one that gradients need anyway."""
+    """sum_V (sum_K k S) v = sum_K k (sum_V S v): gradients need the inner product with the values anyway."""
     axis = str(node["axis"])
     if axis not in values or node.op not in ("sum", "dot"):
         return None

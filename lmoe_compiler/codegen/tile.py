@@ -6,8 +6,8 @@ Next: partition.py cuts the graph into kernels.
 
   tile op        operands  attributes        meaning ([C, C] pairs: row t, source s)
   -------------  --------  ----------------  -------------------------------------------------------------
-  floor          g         -                 max(g, -104): exp of it is exactly what exp(g) is in fp32, never inf - inf
-  between        G         -                 [t, s], G_t - G_s where s < t, else 0; G a running sum of floored log decays
+  floor          g         -                 max(g, -104): exp of it is exactly exp(g) in fp32, never inf - inf
+  between        G         -                 [t, s], G_t - G_s where s < t, else 0; G running sums of floored g
   inverse        l         -                 (I - l)^-1, l strictly lower, by block recursion
   level_sum      x         -                 sum over the levels of x, which may contain
   pairs          x         -                   x at the pairs s < t of this level, else 0
@@ -85,8 +85,9 @@ def to_tiles(
 ) -> list[Node]:
     """`roots` rewritten; nodes shared between them stay shared.
 
-    `values` are the axes that scans tile first. `exact` keeps sums over rows as they are. Otherwise all are differences of one running sum, whose error is
-    about 1e-7 of the chunk's total of floored decays: far below a half-precision rounding.
+    `values` are the axes that scans tile first. `exact` keeps sums over rows as they are. Otherwise all are
+    differences of one running sum, whose error is about 1e-7 of the chunk's total of floored decays: far below a
+    half-precision rounding.
     """
     roots = list(roots)
     build = Builder(values)

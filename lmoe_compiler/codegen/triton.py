@@ -437,9 +437,9 @@ class KernelPrinter:
         params += ["cu_seqlens", "N"] if self.plan.varlen else []
         constants = self.constant_names()
         params += ["TOKENS"] if self.needs_tokens else []
-        signature = ", ".join(params + ["T"])
+        signature = ", ".join([*params, "T"])
         constexprs = ", ".join(f"{c}: tl.constexpr" for c in constants)
-        skip = ", ".join(f'"{p}"' for p in params + ["T"] if p in ("N", "TOKENS", "T"))
+        skip = ", ".join(f'"{p}"' for p in [*params, "T"] if p in ("N", "TOKENS", "T"))
         return [
             f"@triton.jit(do_not_specialize=[{skip}])",
             f"def {function}(",

@@ -20,7 +20,7 @@ with two more axes: `t`, the rows of one chunk, and `s`, the same rows seen as a
   -- chunk level only; t rows, s source rows of the same chunk --
   prefix     g         inclusive             g's                  running sum over t, of rows <= t (or < t)
   suffix     g         inclusive             g's                  sum over rows >= t (or > t)
-  segment    g         exclusive             g's + s              sum of rows in (s, t] (or (s, t)), -inf never subtracted
+  segment    g         exclusive             g's + s              sum of rows in (s, t] (or (s, t)), no -inf subtracted
   causal     x         strict                x's                  x[t, s] where s < t (strict) or s <= t, else 0
   decayed    r, x, g   axis, strict, exclusive   (t, s)           sum_axis r_t x_s exp(segment g), dyadic local sums
   decayed_rows  w, x, g   axis, strict, exclusive  (t, axis)      sum_s w[t, s] x_s exp(segment g)

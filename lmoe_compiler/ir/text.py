@@ -7,12 +7,12 @@
     step S
       decay log g                              # model.py:9
       update k (x) beta * v                    a write: key (x) value
-      update k (x) -beta * (k' S)              a feedback: key (x) scale * (read' S); `before` if it reads before the decay
+      update k (x) -beta * (k' S)              a feedback: key (x) scale * (read' S); `before` the decay if so
     read r[V] = q' S                           or `read r[K, V] = S`: the whole state
     output r
 
-Further lines: `head u[K]`, `static N = 3`, `decay f` (factor, no log proved), `decay f, log g`, `let x1 = expression` (a
-shared expression), and `next S, M coupled "why not better"` followed by one `S = expression` each.
+Further lines: `head u[K]`, `static N = 3`, `decay f` (factor, no log proved), `decay f, log g`, `let x1 = expression`
+(a shared expression), and `next S, M coupled "why not better"` followed by one `S = expression` each.
 A trailing `# file:line` is the user's line. Expressions are infix; ops with attributes are written
 `dot[K](a, b)`, `sum[K](x)`, `max[K](x)`, `x[K -> K']` (rename), `x[N = 0]` (index), `size[K]`, `delta[K, K']`.
 """
