@@ -182,7 +182,8 @@ class _DimSource(Source):
     def __init__(self, dim: str) -> None:
         self.dim = dim
 
-    def guard_source(self) -> GuardSource:  # type: ignore[override]
+    @property
+    def guard_source(self) -> GuardSource:
         return GuardSource.CONSTANT
 
     @property

@@ -73,7 +73,13 @@ def rwkv6(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], w: Token[K], u:
 
 @row("diagonal", Hk="diagonal", Hv="diagonal")
 def gated_slot_attention(
-    Hk: State[K, M], Hv: State[M, V], q: Token[K], k: Token[K], v: Token[V], s: Token[M], g: Token[M]
+    Hk: State[K, M],
+    Hv: State[M, V],
+    q: Token[K],
+    k: Token[K],
+    v: Token[V],
+    s: Token[M],
+    g: Token[M],
 ):
     a = g.exp()
     Hk = Hk * a[None, :] + torch.outer(k, s)

@@ -18,6 +18,7 @@ INPUTS = (
     Var("W", "head", ("K", "V")),
     Var("A", "head", ("K", "K'")),
 )
+STATES = (Var("S", "state", ("K", "V")), Var("z", "state", ("K",)))
 SIZES = {"K": 3, "V": 4}
 # Total functions with moderate slopes: what is tested is algebra, not overflow.
 FUNCTIONS = ("exp", "sigmoid", "logsigmoid", "softplus", "tanh", "neg", "relu", "sin", "abs")
@@ -25,19 +26,24 @@ PAIRS = ("add", "sub", "mul", "maximum", "gt", "minimum")
 
 
 @st.composite
-def expressions(draw: st.DrawFn, depth: int = 4) -> Node:
-    """An expression of INPUTS of at most `depth` levels."""
+def expressions(draw: st.DrawFn, depth: int = 4, variables: tuple[Var, ...] = INPUTS) -> Node:
+    """An expression of `variables` of at most `depth` levels."""
     if depth == 0 or draw(st.integers(0, 9)) == 0:
-        return draw(_leaves())
-    x = draw(expressions(depth=depth - 1))
-    form = draw(st.sampled_from(("function", "pair", "pair", "dot", "sum", "rename", "where", "power", "log")))
+        return draw(_leaves(variables))
+    smaller = expressions(depth=depth - 1, variables=variables)
+    x = draw(smaller)
+    form = draw(
+        st.sampled_from(
+            ("function", "pair", "pair", "dot", "sum", "rename", "where", "power", "log")
+        )
+    )
     if form == "function":
         return make(draw(st.sampled_from(FUNCTIONS)), make("tanh", x))
     if form in ("pair", "where"):
-        y = draw(expressions(depth=depth - 1))
+        y = draw(smaller)
         if form == "pair":
             return make(draw(st.sampled_from(PAIRS)), x, y)
-        return make("where", make("gt", x, const(0)), y, draw(_leaves()))
+        return make("where", make("gt", x, const(0)), y, draw(_leaves(variables)))
     if form == "log":
         positive = make(draw(st.sampled_from(("exp", "sigmoid"))), make("tanh", x))
         return make("log", make("sum", positive, axis=x.axes[0]) if x.axes else positive)
@@ -51,31 +57,39 @@ def expressions(draw: st.DrawFn, depth: int = 4) -> Node:
         return make(draw(st.sampled_from(("sum", "max"))), x, axis=axis)
     if form == "rename":
         return make("rename", x, old=axis, new=another(axis, x.axes))
-    other = draw(expressions(depth=depth - 1))
+    other = draw(smaller)
     return make("dot", x, other, axis=axis) if axis in other.axes else make("mul", x, other)
 
 
 @st.composite
-def _leaves(draw: st.DrawFn) -> Node:
-    choice = draw(st.integers(0, len(INPUTS) + 2))
-    if choice < len(INPUTS):
-        return INPUTS[choice].node
-    if choice == len(INPUTS):
+def _leaves(draw: st.DrawFn, variables: tuple[Var, ...]) -> Node:
+    choice = draw(st.integers(0, len(variables) + 2))
+    if choice < len(variables):
+        return variables[choice].node
+    if choice == len(variables):
         return make("size", axis="K")
-    if choice == len(INPUTS) + 1:
+    if choice == len(variables) + 1:
         return make("delta", a="K", b="K'")
     return const(draw(st.sampled_from((-2.0, -1.0, 0.0, 0.25, 1.0, 1e-6))))
 
 
-def value_of(node: Node, axes: tuple[str, ...] | None = None) -> torch.Tensor:
-    """The expression's value at fixed random inputs, laid out along `axes`."""
+def lengths() -> dict[str, int]:
+    return {a + "'" * primes: n for a, n in SIZES.items() for primes in range(5)}
+
+
+def environment(variables: tuple[Var, ...]) -> dict[Node, Value]:
+    """Fixed random values."""
     random = torch.Generator().manual_seed(1)
     env = {}
-    for var in INPUTS:
+    for var in variables:
         shape = [SIZES[base(a)] for a in var.axes]
         x = torch.randn(shape, dtype=torch.float64, generator=random)
         env[var.node] = Value(x, var.axes)
-    lengths = {a + primes: n for a, n in SIZES.items() for primes in ("", "'", "''", "'''")}
-    (value,) = evaluate([node], env, lengths)
+    return env
+
+
+def value_of(node: Node, axes: tuple[str, ...] | None = None) -> torch.Tensor:
+    """The expression's value at fixed random inputs, laid out along `axes`."""
+    (value,) = evaluate([node], environment((*INPUTS, *STATES)), lengths())
     order = axes if axes is not None else tuple(sorted(value.axes))
-    return value.to(order).expand([lengths[a] for a in order])
+    return value.to(order).expand([lengths()[a] for a in order])

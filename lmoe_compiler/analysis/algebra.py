@@ -8,6 +8,7 @@ spellings differ.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from itertools import permutations, product
@@ -25,6 +26,7 @@ from lmoe_compiler.analysis.poly import (
     dim,
     fresh,
     is_bound,
+    is_free,
     labels_of,
     rational,
     renamed,
@@ -67,7 +69,8 @@ def normal(mono: Monomial) -> Poly:
     if diagonal is not None:
         rest = list(factors)
         rest.remove(diagonal)
-        return _product(rest, apply(diagonal[0].name, open_atom(*diagonal)))
+        level = level_of(factors)
+        return product_with(rest, apply(diagonal[0].name, open_atom(*diagonal, level)), level)
     merged = merge(factors)
     return merged if merged is not None else Poly({canonical(factors): Fraction(1)})
 
@@ -110,15 +113,34 @@ def sum_over(p: Poly, label: str) -> Poly:
     return _collect((one(m), c) for m, c in p.items())
 
 
-def open_atom(a: Atom, labels: tuple[str, ...]) -> tuple[Poly, ...]:
-    """The arguments of a function atom in terms of the labels of its factor."""
-    names = {f"{dim(x)}#{i}": x.replace("~", "^") for i, x in enumerate(labels)}
+def level_of(factors: Iterable[Factor]) -> int:
+    """One more than the functions that have been opened around these factors."""
+    return 1 + max((x.count("^") for x in labels_of(factors)), default=0)
+
+
+def open_atom(a: Atom, labels: tuple[str, ...], level: int = 1) -> tuple[Poly, ...]:
+    """The arguments of a function atom in terms of the labels of its factor; bound ones get carets."""
+    names = {f"{dim(x)}#{i}": x.replace("~", "^" * level) for i, x in enumerate(labels)}
     return tuple(relabel(p, names) for p in a.args)
+
+
+def reduced(name: str) -> int:
+    """How many @ mark the axis that a `max n` reduces; 0 for other functions."""
+    return int(name[4:]) if name.startswith("max ") else 0
+
+
+def maximum_over(p: Poly, label: str) -> Poly:
+    """The largest entry along a free label; each maximum around another has a mark of its own."""
+    inner = re.findall(r"fn:max (\d+)", p.key)
+    level = 1 + max(map(int, inner), default=0)
+    return apply(f"max {level}", (relabel(p, {label: dim(label) + "@" * level}),))
 
 
 def close_atom(kind: str, name: str, args: tuple[Poly, ...]) -> Poly:
     """A function atom of `args`: their free labels become slots, in the order that gives the least text."""
-    free = sorted({x for p in args for x in p.free})
+    seen = {x for p in args for mono in p for x in labels_of(mono)}
+    own = reduced(name)
+    free = sorted(x for x in seen if is_free(x) or ("@" in x and x.count("@") != own))
     orders: dict[str, list[tuple[str, ...]]] = {}
     closed: dict[str, tuple[Poly, ...]] = {}
     for order in permutations(free):
@@ -130,7 +152,7 @@ def close_atom(kind: str, name: str, args: tuple[Poly, ...]) -> Poly:
     least = min(orders)
     first = orders[least][0]
     same = tuple(tuple(first.index(x) for x in order) for order in orders[least])
-    factor = Atom(kind, name, closed[least], symmetries=same), tuple(x.replace("^", "~") for x in first)
+    factor = Atom(kind, name, closed[least], symmetries=same), first
     return Poly({canonical([factor]): Fraction(1)})
 
 
@@ -314,54 +336,66 @@ def apply(name: str, args: tuple[Poly, ...]) -> Poly:
         return UNARY[name](args[0])
     if name.startswith("pow "):
         return power(args[0], Fraction(name[4:]))
-    if name == "max" and not any("@" in x for mono in args[0] for x in labels_of(mono)):
+    own = reduced(name)
+    if own and not any(x.count("@") == own for mono in args[0] for x in labels_of(mono)):
         return args[0]
     return close_atom("fn", name, args)
 
 
 def merge(factors: list[Factor]) -> Poly | None:
     """The product of `factors` if exponentials, powers or indicators among them combine, else None."""
-    groups: dict[str, list[Factor]] = {}
+    exps: list[Factor] = []
+    powers: list[Factor] = []
     for factor in factors:
-        if factor[0].kind == "fn":
-            name = factor[0].name
-            group = "exp" if name == "exp" else "pow" if name.startswith("pow ") else ""
-            if group:
-                groups.setdefault(group, []).append(factor)
-            elif name in INDICATORS and factors.count(factor) > 1:
-                return _product([f for f in factors if f != factor], Poly({(factor,): Fraction(1)}))
-    if len(groups.get("exp", ())) > 1:
-        exps = groups["exp"]
-        total = add(*(open_atom(a, labels)[0] for a, labels in exps))
-        return _product([f for f in factors if f not in exps], exp(total))
-    return _merge_powers(factors, groups.get("pow", []))
+        name = factor[0].name if factor[0].kind == "fn" else ""
+        if name == "exp":
+            exps.append(factor)
+        elif name.startswith("pow "):
+            powers.append(factor)
+        elif name in INDICATORS and factors.count(factor) > 1:
+            return normal((*(f for f in factors if f != factor), factor))
+    if len(exps) < 2 and not powers:
+        return None
+    level = level_of(factors)
+    if len(exps) > 1:
+        total = add(*(open_atom(*f, level)[0] for f in exps))
+        return product_with([f for f in factors if f not in exps], exp(total), level)
+    return _merge_powers(factors, powers, level)
 
 
-def _merge_powers(factors: list[Factor], powers: list[Factor]) -> Poly | None:
-    for i, (atom, labels) in enumerate(powers):
-        base, e = open_atom(atom, labels)[0], Fraction(atom.name[4:])
+def _merge_powers(factors: list[Factor], powers: list[Factor], level: int) -> Poly | None:
+    for i, power_ in enumerate(powers):
+        base, e = open_atom(*power_, level)[0], Fraction(power_[0].name[4:])
         for other in powers[i + 1 :]:
-            if open_atom(*other)[0] == base:
-                rest = list(factors)
-                rest.remove((atom, labels))
-                rest.remove(other)
-                return _product(rest, power(base, e + Fraction(other[0].name[4:])))
+            if open_atom(*other, level)[0] == base:
+                rest = _without(factors, power_, other)
+                return product_with(rest, power(base, e + Fraction(other[0].name[4:])), level)
         term = single(base)
         if term is not None and len(term[0]) == 1 and term[1] == 1 and not _is_summed(term[0]):
-            inner = (term[0][0][0], tuple(x.replace("^", "~") for x in term[0][0][1]))
-            if inner in factors:
-                rest = list(factors)
-                rest.remove((atom, labels))
-                rest.remove(inner)
-                return _product(rest, power(base, e + 1))
+            plain_ = (term[0][0][0], tuple(lowered(x, level) for x in term[0][0][1]))
+            if plain_ in factors:
+                return product_with(_without(factors, power_, plain_), power(base, e + 1), level)
     return None
 
 
-def _product(rest: list[Factor], p: Poly) -> Poly:
-    """rest * p, where p's labels K^0 are bound labels of `rest`, and its labels K~0 are its own."""
+def _without(factors: list[Factor], *gone: Factor) -> list[Factor]:
+    rest = list(factors)
+    for factor in gone:
+        rest.remove(factor)
+    return rest
+
+
+def lowered(label: str, level: int) -> str:
+    """A label from inside a function that was opened at `level`, outside of it."""
+    return label.replace("^" * level, "~") if label.count("^") == level else label
+
+
+def product_with(rest: Iterable[Factor], p: Poly, level: int) -> Poly:
+    """rest * p, where p came out of functions opened at `level`: its carets are bound labels of `rest`."""
+    rest = list(rest)
     total = Poly()
     for mono, c in p.items():
-        names = {x: x.replace("^", "~") for x in labels_of(mono) if "^" in x}
+        names = {x: lowered(x, level) for x in labels_of(mono)}
         taken = labels_of(rest) | set(names.values())
         for x in sorted(x for x in labels_of(mono) if is_bound(x)):
             names[x] = fresh(dim(x), taken)

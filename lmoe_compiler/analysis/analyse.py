@@ -20,8 +20,7 @@ from lmoe_compiler.analysis.classify import RankOne, Refused, Terms, classify
 from lmoe_compiler.analysis.emit import Emitter
 from lmoe_compiler.analysis.evaluate import Evaluator
 from lmoe_compiler.analysis.intervals import range_of
-from lmoe_compiler.analysis.poly import Atom, Poly, atom, constant
-from lmoe_compiler.analysis.show import show_monomial
+from lmoe_compiler.analysis.poly import Poly, atom
 from lmoe_compiler.ir.nodes import (
     Bound,
     Decay,
@@ -32,15 +31,13 @@ from lmoe_compiler.ir.nodes import (
     Program,
     Read,
     Step,
-    Var,
     Write,
     const,
     make,
     topological,
 )
 from lmoe_compiler.ir.spec import base
-from lmoe_compiler.operations import Context, another
-from lmoe_compiler.operations import relabel as rename_axes
+from lmoe_compiler.operations import another
 from lmoe_compiler.trace import Traced
 
 LINEAR = {"add", "sub", "mul", "div", "neg", "dot", "sum", "rename", "index", "cast", "where"}
@@ -230,7 +227,7 @@ class _Analysis:
             loc = self.emit.line_of(algebra.mul(key, value))
             left, right = self.emit.node(key), self.emit.node(value)
             missing = [a for a in self.vars[state].axes if a not in (*left.axes, *right.axes)]
-            writes.append(Write(make("mul", _ones(missing), left) if missing else left, right, loc))
+            writes.append(Write(_along(missing, left), right, loc))
         return Step(state, decays, feedbacks, tuple(writes))
 
     def decay(self, p: Poly) -> Decay:
@@ -244,6 +241,7 @@ class _Analysis:
     def feedback(self, f: RankOne) -> Feedback:
         loc = self.emit.loc
         key, scale, read = (self.emit.node(p) for p in (f.key, f.scale, f.read))
+        key, read = (_along([f.axis], x) for x in (key, read))
         return Feedback(key, scale, read, f.point, loc)
 
     def emit_next(self, states: list[str], refusal: Refused | None) -> None:
@@ -314,14 +312,14 @@ class _Analysis:
         node = self.express(output)
         axes = self.traced.output_axes
         if node.axes != axes and len(axes) > 1:
-            node = make("mul", _ones(axes), node, loc=output.loc)
+            node = make("mul", _along(axes[::-1], const(1)), node, loc=output.loc)
         return node
 
     def express(self, node: Node) -> Node:
         """The user's expression with reads in the place of states: sums of reads anew, functions of them as written."""
         p = self.values[node]
         if not p.states:
-            return node
+            return self.emit.node(p) if self.emit.mentions_state(node) else node
         self.emit.loc = node.loc
         simple = all(
             len([a for a, _ in m if a.states]) <= 1
@@ -335,13 +333,11 @@ class _Analysis:
         return Node(node.op, tuple(self.express(a) for a in node.args), node.attrs, node.loc)
 
 
-def _ones(axes: Sequence[str]) -> Node:
-    """1 along each axis, in this order."""
-    ones = const(1)
+def _along(axes: Sequence[str], node: Node) -> Node:
+    """`node` with at least these axes, constant along those that it lacks."""
     for axis in axes:
-        twin = another(axis, axes)
-        ones = make("mul", ones, make("sum", make("delta", a=axis, b=twin), axis=twin))
-    return ones
-
-
-__all__ = ["Atom", "Context", "Var", "analyse", "constant", "rename_axes", "show_monomial"]
+        if axis not in node.axes:
+            twin = another(axis, [*axes, *node.axes])
+            ones = make("sum", make("delta", a=axis, b=twin), axis=twin)
+            node = ones if node == const(1) else make("mul", ones, node)
+    return node

@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from lmoe_compiler.analysis.algebra import ONE, exp, mul, open_atom, relabel, scale
+from lmoe_compiler.analysis.algebra import (
+    ONE,
+    exp,
+    level_of,
+    mul,
+    open_atom,
+    product_with,
+    relabel,
+    scale,
+)
 from lmoe_compiler.analysis.poly import (
-    Atom,
     Factor,
     Monomial,
     Poly,
@@ -184,7 +192,7 @@ def _feedbacks(p: Poly, decay: Poly, axis: str, axes: tuple[str, ...]) -> list[R
     for key, read in _smaller(split(p, axis), [(b, a) for a, b in split(p, other)]):
         point: Literal["before", "after"] = "after"
         if decay != ONE:
-            rest = divide(read, relabel(decay, {axis: other}))
+            rest = divide(read, relabel(decay, {axis: other})) if decay else None
             point, read = ("before", read) if rest is None else ("after", rest)
         for q, allowed in ((read, other), (key, axis)):
             _only(q, allowed, axis)
@@ -269,7 +277,7 @@ def _order(mono: Monomial) -> tuple[int, str]:
 
 
 def _divide_monomial(mono: Monomial, by: Monomial) -> Poly | None:
-    left = list(mono)
+    left, level = list(mono), level_of((*mono, *by))
     out = ONE
     for factor in by:
         if factor in left:
@@ -277,17 +285,17 @@ def _divide_monomial(mono: Monomial, by: Monomial) -> Poly | None:
             continue
         if factor[0].name != "exp" or factor[0].kind != "fn":
             return None
-        wanted = open_atom(*factor)[0]
+        wanted = open_atom(*factor, level)[0]
         for candidate in left:
             if candidate[0].kind == "fn" and candidate[0].name == "exp":
-                rest = _without_exponent(open_atom(*candidate)[0], wanted)
+                rest = _without_exponent(open_atom(*candidate, level)[0], wanted)
                 if rest is not None:
                     left.remove(candidate)
                     out = mul(out, rest)
                     break
         else:
             return None
-    return mul(out, Poly({canonical(left): Fraction(1)}))
+    return product_with(left, out, level)
 
 
 def _without_exponent(have: Poly, wanted: Poly) -> Poly | None:
@@ -299,6 +307,3 @@ def _without_exponent(have: Poly, wanted: Poly) -> Poly | None:
 
 def rank(terms: Terms) -> int:
     return len(terms.feedbacks)
-
-
-__all__ = ["Atom", "RankOne", "Refused", "Terms", "classify", "content", "divide", "rank", "split"]

@@ -15,10 +15,13 @@ from lmoe_compiler.analysis.algebra import (
     INDICATORS,
     ONE,
     add,
+    apply,
     close_atom,
+    level_of,
     mul,
-    normal,
     open_atom,
+    product_with,
+    reduced,
     relabel,
     scale,
     single,
@@ -37,7 +40,7 @@ from lmoe_compiler.analysis.poly import (
     is_free,
     labels_of,
 )
-from lmoe_compiler.ir.nodes import Loc, Node, Var, const, input_, make
+from lmoe_compiler.ir.nodes import Loc, Node, Var, const, make, topological
 from lmoe_compiler.operations import Context, another
 from lmoe_compiler.operations import relabel as rename_axes
 
@@ -78,9 +81,13 @@ class Emitter:
         for node, p in polynomials.items():
             if node.loc is not None and node.op not in ("input", "const"):
                 self.lines.setdefault(p.key, node.loc)
-            if len(p) >= AS_WRITTEN and not p.states:
+            if len(p) >= AS_WRITTEN and not p.states and not self.mentions_state(node):
                 name, labels = _signature(p)
                 self.written.setdefault(name, (node, labels))
+
+    def mentions_state(self, node: Node) -> bool:
+        """Whether a state stands in the expression, even if its value does not depend on it (0 * S)."""
+        return any(n.op == "input" and n.name in self.state_axes for n in topological([node]))
 
     def line_of(self, p: Poly) -> Loc | None:
         return self.lines.get(p.key, self.loc)
@@ -211,8 +218,9 @@ class Emitter:
         if name == "log" and (inside := the_indicator(args[0])) is not None:
             condition = self._factor(*inside)
             return self.make("where", condition, const(0, self.loc), const(-math.inf, self.loc))
-        if name == "max":
-            inner = next(x for m in args[0] for _, ls in m for x in ls if x.endswith("@"))
+        if own := reduced(name):
+            labels_ = {x for mono in args[0] for x in labels_of(mono)}
+            inner = next(x for x in labels_ if x.count("@") == own)
             axis = another(dim(inner), args[0].free)
             return self.make("max", self.node(relabel(args[0], {inner: axis})), axis=axis)
         return self.make(name, *(self.node(x) for x in args))
@@ -274,26 +282,28 @@ class Emitter:
         return len(bound) == 1 and not any(is_free(x) for x in labels_of(others))
 
     def _product_without_states(self, mono: Monomial) -> Poly:
-        plain = tuple(f for f in mono if not f[0].states)
-        rest = [f for f in mono if f[0].states]
-        factors: list[Factor] = list(plain)
-        for a, labels in rest:
+        plain = [f for f in mono if not f[0].states]
+        level = level_of(mono)
+        product = Poly({(): Fraction(1)})
+        for a, labels in (f for f in mono if f[0].states):
             if a.kind == "state":
-                factors.append((Atom("input", self.read(a.name, a.version, None, "")), labels))
+                plain.append((Atom("input", self.read(a.name, a.version, None, "")), labels))
             elif a.kind == "fn":
-                args = tuple(self.without_states(x) for x in open_atom(a, labels))
-                factors.extend(next(iter(close_atom("fn", a.name, args))))
+                args = tuple(self.without_states(x) for x in open_atom(a, labels, level))
+                product = mul(product, apply(a.name, args))
             else:
-                factors.append((a, labels))
-        return normal(tuple(factors))
+                plain.append((a, labels))
+        return product_with(plain, product, level)
 
 
 def the_indicator(p: Poly) -> Factor | None:
     """The factor if p is one indicator: its log is 0 or -inf, and has no gradient."""
     term = single(p)
-    if term is None or len(term[0]) != 1 or term[0][0][0].name not in INDICATORS:
+    if term is None or len(term[0]) != 1:
         return None
-    return term[0][0]
+    atom_, labels = term[0][0]
+    alone = atom_.name in INDICATORS and not any(map(is_bound, labels))
+    return term[0][0] if alone else None
 
 
 def _signature(p: Poly) -> tuple[str, tuple[str, ...]]:
@@ -321,6 +331,3 @@ def _common(p: Poly) -> tuple[Monomial, Poly]:
             pool.remove(f)
         rest[tuple(pool)] = c
     return tuple(common), rest
-
-
-__all__ = ["Emitter", "input_"]

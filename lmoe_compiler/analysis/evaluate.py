@@ -14,10 +14,9 @@ from lmoe_compiler.analysis.poly import (
     atom,
     constant,
     delta,
-    is_bound,
     rational,
 )
-from lmoe_compiler.ir.nodes import Node, topological
+from lmoe_compiler.ir.nodes import Node
 from lmoe_compiler.ir.spec import base
 
 COMPARISONS = {
@@ -104,8 +103,7 @@ class Evaluator:
         if op in ("sum", "dot"):
             return self.summed(mul(*args) if op == "dot" else args[0], str(node["axis"]))
         if op == "max":
-            axis = str(node["axis"])
-            return f.apply("max", (relabel(args[0], {axis: f"{base(axis)}@"}),))
+            return f.maximum_over(args[0], str(node["axis"]))
         return self._function(node, args)
 
     def summed(self, p: Poly, axis: str) -> Poly:
@@ -157,6 +155,3 @@ def _topological_until(roots: list[Node], known: Mapping[Node, Poly]) -> list[No
             stack.append((node, True))
             stack.extend((a, False) for a in reversed(node.args) if a not in seen)
     return order
-
-
-__all__ = ["Evaluator", "is_bound", "topological"]

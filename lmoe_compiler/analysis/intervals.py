@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from itertools import product
 
-from lmoe_compiler.analysis.algebra import open_atom
+from lmoe_compiler.analysis.algebra import open_atom, reduced
 from lmoe_compiler.analysis.evaluate import Evaluator
 from lmoe_compiler.analysis.poly import Factor, Poly, is_bound, labels_of
 from lmoe_compiler.ir.nodes import Bound, Node
@@ -102,6 +102,8 @@ class _Ranges:
             return (min(args[1][0], args[2][0]), max(args[1][1], args[2][1]))
         if atom.name in FIXED:
             return FIXED[atom.name]
+        if reduced(atom.name):
+            return args[0]
         if atom.name in MONOTONE:
             rule = MONOTONE[atom.name]
             return (rule(args[0][0]), rule(args[0][1]))
@@ -131,7 +133,7 @@ def _log(x: float) -> float:
 
 MONOTONE: dict[str, Callable[[float], float]] = {
     "exp": _exp, "sigmoid": _sigmoid, "logsigmoid": _logsigmoid, "log": _log, "tanh": math.tanh,
-    "relu": lambda x: max(x, 0.0), "erf": math.erf, "max": lambda x: x,
+    "relu": lambda x: max(x, 0.0), "erf": math.erf,
 }  # fmt: skip
 FIXED: dict[str, Interval] = {
     "gt0": (0.0, 1.0), "eq0": (0.0, 1.0), "isfinite": (0.0, 1.0),

@@ -71,7 +71,8 @@ class Line:
         position = 0
         while position < len(text):
             match = TOKEN.match(text, position)
-            assert match is not None and match.lastgroup is not None
+            assert match is not None
+            assert match.lastgroup is not None
             kind = match.lastgroup
             self.lexemes.append(Lexeme(kind, match[kind], match.start(kind) + 1))
             position = match.end()

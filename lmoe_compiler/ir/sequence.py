@@ -6,6 +6,7 @@ Layouts: tokens [B, T, H, *axes], heads [H, *axes], states [N, H, *axes] with N 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,4 +89,4 @@ def _token(input_vars: Sequence[Var], inputs: Sequence[Tensor], t: int) -> list[
 
 
 def _pairs(offsets: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    return list(pairwise(offsets))

@@ -1,0 +1,80 @@
+"""Recurrences that nobody would write: the program that is proved does what the expressions do."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_expressions import INPUTS, STATES, environment, expressions, value_of
+
+from lmoe_compiler.analysis import analyse
+from lmoe_compiler.ir.interpret import run_token
+from lmoe_compiler.ir.nodes import Node, Var, make
+from lmoe_compiler.ir.parse import parse
+from lmoe_compiler.ir.spec import base, verify
+from lmoe_compiler.trace import Traced
+
+EVERYTHING = (*INPUTS, *STATES)
+
+
+def fitted(node: Node, axes: tuple[str, ...]) -> Node:
+    """`node` without axes outside `axes`."""
+    for axis in node.axes:
+        if axis not in axes:
+            node = make("sum", node, axis=axis)
+    return node
+
+
+@st.composite
+def linear_in(draw, state: Var):
+    """decay * S + key (read' S) + write, with coefficients of any shape that fits, spelled in two ways."""
+    coefficient = expressions(depth=2)
+    S, K = state.node, state.axes[0]
+    decay, key, read, write = (fitted(draw(coefficient), state.axes) for _ in range(4))
+    key, read = fitted(key, (K,)), fitted(read, (K,))
+    if K not in read.axes:
+        read = make("mul", read, INPUTS[1].node)
+    decayed = make("mul", decay, S)
+    seen = draw(st.sampled_from((S, decayed)))
+    feedback = make("mul", key, make("dot", read, seen, axis=K))
+    parts = draw(st.permutations([decayed, feedback, write]))[: draw(st.integers(1, 3))]
+    node = parts[0]
+    for part in parts[1:]:
+        node = make("add", node, part)
+    return node
+
+
+@st.composite
+def steps(draw):
+    values = []
+    for state in STATES:
+        if draw(st.booleans()):
+            node = draw(linear_in(state))
+        else:
+            node = draw(expressions(depth=3, variables=EVERYTHING))
+        values.append(fitted(node, state.axes))
+    output = draw(expressions(depth=2, variables=EVERYTHING))
+    later = draw(st.sampled_from((*values, STATES[0].node)))
+    output = fitted(make("add", output, make("mul", INPUTS[1].node, later)), ("K", "V"))
+    axes = tuple(a for a in ("K", "V") if a in output.axes)
+    return Traced("r", STATES, INPUTS, (), tuple(values), output, axes, lambda *_: None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps())
+def test_program_has_the_steps_values(traced):
+    program = verify(analyse(traced, ()))
+    assert parse(str(program)) == program
+    env = environment(EVERYTHING)
+    inputs = {v.name: env[v.node] for v in INPUTS}
+    states = {v.name: env[v.node] for v in STATES}
+    output, new = run_token(program, inputs, states)
+    nodes = [*traced.next_states, traced.output]
+    found = [new[v.name] for v in STATES] + [output]
+    for node, value in zip(nodes, found, strict=True):
+        axes = tuple(sorted(set(node.axes) | set(value.axes)))
+        expected = value_of(node, axes)
+        known = expected.isfinite()
+        x = value.to(axes).expand(expected.shape)
+        torch.testing.assert_close(x[known], expected[known], rtol=1e-8, atol=1e-8)
+    assert all(base(a) in ("K", "V") for a in program.output.axes)
