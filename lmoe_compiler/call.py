@@ -9,6 +9,7 @@ Shapes, dtypes and devices are checked before any work (checks.py). Next: librar
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,8 @@ def _static_sizes(r: Recurrence, inputs: Sequence[Tensor]) -> dict[str, int]:
     for dim in r.static_dims:
         for var, x in zip(r.inputs, inputs, strict=True):
             if dim in var.axes:
-                sizes[dim] = int(x.shape[var.axes.index(dim) - len(var.axes)])
+                # Not int(): under torch.compile this is what makes a symbolic size a number.
+                sizes[dim] = operator.index(x.shape[var.axes.index(dim) - len(var.axes)])
     return sizes
 
 

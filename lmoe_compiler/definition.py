@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints, overload
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from lmoe_compiler import call, stages
 from lmoe_compiler.analysis import analyse, check
@@ -86,7 +88,12 @@ class Recurrence:
             )
         assert self.definition is not None
         static = tuple((dim, sizes[dim]) for dim in self.static_dims)
-        return _proved(self.name, self.definition, self.states, self.inputs, self.bounds, static)
+        given = (self.name, self.definition, self.states, self.inputs, self.bounds, static)
+        # In a thread of its own, because dispatch modes, autocast, torch.func's levels and the default device
+        # of whoever makes the first call are the calling thread's, and not part of the definition.
+        # The mode of torch.export is the process's.
+        with ThreadPoolExecutor(1) as apart, disable_proxy_modes_tracing():
+            return apart.submit(_proved, *given).result()
 
     @cached_property
     def ir(self) -> Program:

@@ -14,13 +14,15 @@ from lmoe_compiler.errors import UnsupportedTransform
 from lmoe_compiler.ir.nodes import Program
 
 Parse = Callable[[str], Program]
+# Where the ops have kernels; other devices (meta) only ask for shapes.
+DEVICES = ("cpu", "cuda")
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def autocast(program: Program, inputs: list[Tensor]) -> list[Tensor]:
     """Under torch.autocast: vectors in its dtype; gates and head parameters as they are, for precision."""
     device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device not in DEVICES or not torch.is_autocast_enabled(device):
         return inputs
     dtype = torch.get_autocast_dtype(device)
     kept = layout.gates(program) | {var.name for var in program.inputs if var.kind == "head"}

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lmoe_compiler as lmoe
 from lmoe_compiler import errors
+from lmoe_compiler.dims import K, V
 from lmoe_compiler.passes.base import Record
 
 HIDDEN, HEADS, EXPERTS = 12, 2, 4
@@ -153,6 +154,64 @@ def test_func_grad_inside_a_compiled_function():
         return torch.func.grad(lambda *xs: gated(*xs).sin().sum(), argnums=(0, 2))(*inputs)
 
     same(lmoe.compile(per_token, inner="aot_eager", fullgraph=True)(*inputs), per_token(*inputs))
+
+
+class N(lmoe.Dim, static=True):
+    "writes per token"
+
+
+@lmoe.recurrence
+def several_writes(S: lmoe.State[K, V], q: lmoe.Token[K], k: lmoe.Token[N, K], v: lmoe.Token[N, V]):
+    for i in range(k.shape[0]):
+        S = S + torch.outer(k[i], v[i] - S.T @ k[i])
+    return S, S.T @ q
+
+
+def test_each_length_of_a_static_dim_is_a_program_of_its_own():
+    compiled = lmoe.compile(
+        lambda *xs: several_writes(*xs), inner="aot_eager", fullgraph=True, dynamic=True
+    )
+    for n, T in ((2, 5), (2, 7), (3, 9)):
+        inputs = [torch.randn(2, T, 4, 3), torch.randn(2, T, 4, n, 3) * 0.3]
+        inputs.append(torch.randn(2, T, 4, n, 6))
+        same([compiled(*inputs)], [several_writes(*inputs)])
+        same([compiled(*inputs)], [several_writes.reference(*inputs)])
+
+
+class Alone(nn.Module):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return gated(*inputs)
+
+
+def test_export_keeps_a_symbolic_length():
+    inputs = arguments(3, 8)
+    sizes = (*[{1: torch.export.Dim("T", min=2)}] * 4, None)
+    exported = torch.export.export(Alone(), tuple(inputs), dynamic_shapes=(sizes,))
+    for T in (8, 21):
+        other = arguments(3, T)
+        same([exported.module()(*other)], [gated(*other)])
+
+
+def test_first_use_under_any_context():
+    """A definition is proved when it is first used; what surrounds that call is not its concern."""
+
+    def fresh():
+        @lmoe.recurrence
+        def attention(S: lmoe.State[K, V], q: lmoe.Token[K], v: lmoe.Token[V]):
+            S = S + torch.outer(q, v)
+            return S, S.T @ q
+
+        return attention
+
+    inputs = [torch.randn(2, 5, 4, 3), torch.randn(2, 5, 4, 6)]
+    expected = fresh().reference(*inputs)
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode():
+        assert fresh()(*inputs).dtype == torch.bfloat16
+    mapped = torch.func.vmap(lambda q: fresh()(q, inputs[1]))(inputs[0].expand(3, -1, -1, -1, -1))
+    same([mapped[1]], [expected])
+    traced = torch.fx.experimental.proxy_tensor.make_fx(fresh(), tracing_mode="symbolic")(*inputs)
+    same([traced(*inputs)], [expected])
+    assert fresh()(*(x.to("meta") for x in inputs)).shape == expected.shape
 
 
 def test_reference_and_ops_agree_when_compiled():
