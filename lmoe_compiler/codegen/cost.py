@@ -170,7 +170,10 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     largest = max((size for _, size in call.sizes), default=16)
     chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
     stages = (3 if chunk == 32 else 2) if half else 1
-    parallel = Tuning(block=64 if half else 32, num_warps=4, num_stages=1)
+    # Tiles of keys over programs; the delta rules' many [C, C] products are shared by a loop over keys instead.
+    parallel = Tuning(block=32, num_warps=4, num_stages=1)
+    if solves and half and not vector:
+        parallel = Tuning(block=0, num_warps=4, num_stages=1, inner=64)
     prepare = Tuning(0, 0, _prepare_warps(chunk, vector), 1, inner=32 if vector and half else 0)
     return Choice(
         chunk=chunk,
@@ -187,9 +190,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
 
 
 def _prepare_warps(chunk: int, vector: bool) -> int:
-    if chunk >= 64:
-        return 4
-    return 2 if vector else 1
+    return 4 if chunk >= 64 or vector else 1
 
 
 def _steps(program: Program) -> list[Step]:

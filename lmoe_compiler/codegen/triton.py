@@ -541,7 +541,7 @@ class KernelPrinter:
         """All loads first: without a loop nothing else brings them in flight together."""
         self.print_rows()
         for node in self.nodes:
-            if self.is_load(node) and self.inner_split(node) == "whole":
+            if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
                 self.emit(node)
         stores = list(self.kernel.stores)
         if self.kernel.inner:
@@ -549,6 +549,10 @@ class KernelPrinter:
         for store in stores:
             self.store(store.node, store.value)
         return self.lines
+
+    def is_state(self, node: Node) -> bool:
+        """Whether a load is of a whole state, too large to wait in registers."""
+        return ROW not in node.axes and len(node.axes) > 1
 
     def is_load(self, node: Node) -> bool:
         return node in self.cut or (node.op == "input" and node.name != VALID)
