@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accuracy import assert_accurate, measured
 from cases import CASES, Case, Sizes, make_inputs, with_extremes
 from differentiated import Result, as_argument, as_list, differentiated, scan
@@ -14,7 +13,11 @@ from differentiated import Result, as_argument, as_list, differentiated, scan
 from lmoe_compiler.codegen import run
 from lmoe_compiler.models import RECURRENCES
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # The first backward of a process runs on a thread without a context, and cuBLAS makes one.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
+]
 
 # The nonlinear kind runs through torch until it has a sequential kernel.
 KERNELS = [case for case in CASES if case.kind != "nonlinear"]
@@ -40,14 +43,11 @@ def generated(case: Case, **options):
 
 
 def prepared(case: Case, sizes: Sizes, dtype: torch.dtype, extreme: bool = False):
-    """Inputs and states on the device; unit keys, or states of many tokens outgrow half precision."""
+    """A case's inputs, rounded to `dtype`, and states, on the device."""
     inputs, states = make_inputs(case, sizes)
     if extreme:
         inputs = with_extremes(case, inputs)
-    named = {
-        name: F.normalize(x, dim=-1) if name in ("q", "k") else x for name, x in inputs.items()
-    }
-    rounded = {name: x.to(dtype).cuda() for name, x in named.items()}
+    rounded = {name: x.to(dtype).cuda() for name, x in inputs.items()}
     return rounded, [x.float().cuda() for x in states]
 
 
@@ -92,10 +92,11 @@ def test_strong_decays_are_exact(case):
 
 
 @pytest.mark.parametrize("case", [c for c in KERNELS if "beta" in c.gates], ids=str)
-def test_one_key_over_many_chunks(case):
+def test_one_key_over_a_chunk(case):
     """The triangular system is worst where keys repeat: powers of its matrix would lose every digit."""
     inputs, states = prepared(case, SIZES, half)
-    inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()
+    first = torch.arange(SIZES.T, device="cuda") // 64 * 64
+    inputs["k"] = inputs["k"][:, first].contiguous()
     assert_right(case, inputs, states, half)
 
 

@@ -182,8 +182,13 @@ class KernelPrinter:
         if value.per == "vector":
             row, mask = self.at
             return f"{name} + i_h.to(tl.int64) * TOKENS + {row} + o_t", mask, (ROW,)
+        slot = "i_slot"
+        if value.parts:
+            (axis,) = (identifier(a) for a in self.kernel.tile_sizes)
+            slots = f"(tl.num_programs(0) // (H * tl.cdiv({axis}, B{axis})))"
+            slot = f"(i_{axis}.to(tl.int64) * {slots} + i_slot)"
         index = {
-            "chunk": "(i_slot * H + i_h)",
+            "chunk": f"({slot} * H + i_h)",
             "sequence": "(i_n.to(tl.int64) * H + i_h)",
             "segment": "((i_n.to(tl.int64) * SEGMENTS + i_s) * H + i_h)",
             "head": "i_h",
