@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler.interpreted import autograd_inside_an_op
-from lmoe_compiler.ir.interpret import run
+from lmoe_compiler.ir.interpret import Value, run, run_token
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.layout import Sizes
+from lmoe_compiler.lower.rows import widened
 
 SPAN = 64
 
@@ -117,12 +118,17 @@ def token(
     program: Program, sizes: Sizes, inputs: Sequence[Tensor], states: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """One step: inputs [B, H, *axes], output [B, H, *axes], next states."""
-    rows = [
-        x.unsqueeze(1) if var.kind == "token" else x
+    tokens = {
+        var.name: Value(widened(x, x.dim() - len(var.axes) - 1, sizes.heads), var.axes)
         for var, x in zip(program.inputs, _wide(inputs, sizes), strict=True)
+    }
+    now = {var.name: Value(x, var.axes) for var, x in zip(program.states, states, strict=True)}
+    output, following = run_token(program, tokens, now)
+    whole = output.to(program.output.axes).expand(sizes.output(program)).to(sizes.dtype)
+    finals = [
+        following[var.name].to(var.axes).expand_as(x)
+        for var, x in zip(program.states, states, strict=True)
     ]
-    output, finals = run(program, rows, states)
-    whole = output.squeeze(1).expand(sizes.output(program)).to(sizes.dtype)
     return whole.contiguous(), finals
 
 
