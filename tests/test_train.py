@@ -43,7 +43,7 @@ from lmoe_compiler.train.display import (
     result_table,
     sparkline,
 )
-from lmoe_compiler.train.loop import learning_rate
+from lmoe_compiler.train.loop import learning_rate, pick_threads
 
 SMALL = (
     "--hidden-size 16 --num-layers 2 --pattern LN --num-heads 2 --num-kv-heads 1 --head-dim 8 "
@@ -385,6 +385,28 @@ def test_live_display_shows_all_of_it():
     display.close()
     for part in ("2.5000", "2.1250 bits per byte", "trigram 2.50", "1,234 tokens/s", "0:30", "█▄▄"):
         assert part in out.getvalue(), part
+
+
+def test_threads_are_chosen_by_speed_for_runs_by_the_clock_only(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    now, chosen = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+
+    class Busy(nn.Module):
+        """Takes 3 s with one thread, and with two as long as it is told."""
+
+        def __init__(self, two: float) -> None:
+            super().__init__()
+            self.embed, self.two = nn.Embedding(1, 1), two
+
+        def forward(self, ids: torch.Tensor) -> None:
+            now[0] += self.two if chosen[-1] == 2 else 3.0
+
+    assert pick_threads(TrainConfig(), Busy(1.6)) == 2
+    assert pick_threads(TrainConfig(), Busy(9.0)) == 1
+    assert pick_threads(TrainConfig(steps=3), Busy(9.0)) == 2
+    assert pick_threads(TrainConfig(threads=4), Busy(9.0)) == 4
 
 
 def test_small_drawings():

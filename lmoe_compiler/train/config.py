@@ -54,6 +54,7 @@ class TrainConfig:
 
     dtype: str = option("fp32", "fp32, or bf16 by autocast")
     device: str = option("auto", "auto, cpu or cuda")
+    threads: int = option(0, "of the CPU; 0: all, or one where others keep the cores busy")
     compiler: str = option(
         "auto",
         "below our backend: inductor, aot_eager, eager; none: not compiled; auto: inductor if there is a C++ compiler",

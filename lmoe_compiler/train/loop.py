@@ -291,6 +291,27 @@ class Trainer:
         self.clock = Clock(**state["clock"])
 
 
+def pick_threads(config: TrainConfig, model: LinearMoEForCausalLM) -> int:
+    """All cores, unless other programs keep them so busy that threads waiting for each other lose.
+
+    Only for runs by the clock: the number of threads changes how sums are rounded, and equal runs
+    of so many steps must have equal losses.
+    """
+    every = torch.get_num_threads()
+    if config.threads or config.steps or every == 1:
+        return config.threads or every
+    ids = torch.zeros(config.batch_size, config.sequence_length, dtype=torch.int64)
+    ids = ids.to(model.embed.weight.device)
+    seconds = {}
+    for threads in (1, every):
+        torch.set_num_threads(threads)
+        begin = time.monotonic()
+        for _ in range(3):
+            model(ids)
+        seconds[threads] = time.monotonic() - begin
+    return min(seconds, key=lambda threads: seconds[threads])
+
+
 def pick_compiler(name: str) -> str:
     """`auto` is Inductor, which on CPU needs a C++ compiler."""
     if name != "auto":

@@ -35,7 +35,7 @@ from lmoe_compiler.train.config import (
 )
 from lmoe_compiler.train.data import Corpus, prepare
 from lmoe_compiler.train.display import make_display, result_table
-from lmoe_compiler.train.loop import Trainer, compile_model, pick_compiler
+from lmoe_compiler.train.loop import Trainer, compile_model, pick_compiler, pick_threads
 from lmoe_compiler.train.plot import draw, read_metrics
 
 _PROMPT_BYTES = 64
@@ -103,6 +103,8 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> int:
     config = dataclasses.replace(config, model=model_config)
     torch.manual_seed(config.seed)
     model = LinearMoEForCausalLM(model_config).to(pick_device(config.device))
+    config = dataclasses.replace(config, threads=pick_threads(config, model))
+    torch.set_num_threads(config.threads)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(to_toml(to_dict(config)))
     beaten = fitted_baselines(corpus, config.final_tokens)
@@ -161,7 +163,7 @@ def introduction(config: TrainConfig, model: LinearMoEForCausalLM, corpus: Corpu
             f"{facts['held_out_bytes'] / 1e6:.1f} MB held out",
             f"run     {length}, {config.accumulate * config.batch_size} x {config.sequence_length} "
             f"tokens a step, {config.dtype}, compiler {pick_compiler(config.compiler)}",
-            f"        in {config.out}",
+            f"        {config.threads} threads, in {config.out}",
         ]
     )
 
