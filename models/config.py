@@ -29,7 +29,7 @@ class ModelConfig:
     head.
 
     `layer_pattern` has one letter a layer and is repeated to `num_layers`; `mixers` says what a
-    letter means: the name of a row of `models.mixers.MIXERS`, a `MixerSpec`, a recurrence, or
+    letter means: the name of a row of `models.mixer_table.MIXERS`, a `MixerSpec`, a recurrence, or
     "attention". `num_experts=0` makes every MLP dense, of size `expert_size`.
     """
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lmoe_compiler.models.attention import Attention, AttentionCache
 from lmoe_compiler.models.config import ATTENTION, ModelConfig
-from lmoe_compiler.models.mixers import RecurrentCache, RecurrentMixer, mixer_spec
+from lmoe_compiler.models.mixer_table import mixer_spec
+from lmoe_compiler.models.mixers import RecurrentCache, RecurrentMixer
 from lmoe_compiler.models.moe import Routing, SparseMoE, SwiGLU
 
 

@@ -15,10 +15,10 @@ from lmoe_compiler.errors import InvalidModel
 from lmoe_compiler.models.attention import Attention, rotate
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
-from lmoe_compiler.models.mixers import MIXERS, MixerSpec, Projected
+from lmoe_compiler.models.mixer_table import MIXERS, MixerSpec, Projected
 from lmoe_compiler.models.moe import SparseMoE, route
 from lmoe_compiler.models.short_convolution import short_conv
-from lmoe_compiler.train.loop import compile_model
+from lmoe_compiler.train.machine import compile_model
 
 TINY = ModelConfig(
     vocab_size=32,

@@ -43,7 +43,8 @@ from lmoe_compiler.train.display import (
     result_table,
     sparkline,
 )
-from lmoe_compiler.train.loop import learning_rate, pick_threads
+from lmoe_compiler.train.loop import learning_rate
+from lmoe_compiler.train.machine import pick_threads
 
 SMALL = (
     "--hidden-size 16 --num-layers 2 --pattern LN --num-heads 2 --num-kv-heads 1 --head-dim 8 "

@@ -17,7 +17,7 @@ from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint
 from lmoe_compiler.train.config import from_dict
 from lmoe_compiler.train.data import ByteTokenizer, JsonTokenizer, load_tokenizer
-from lmoe_compiler.train.run import pick_device
+from lmoe_compiler.train.machine import pick_device
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,8 +8,6 @@ losses on CPU. A run is measured in `progress`, 0 to 1: steps of `steps`, or sec
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -23,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lmoe_compiler
 from lmoe_compiler.models.linear_moe import CausalLMOutput, LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint, diagnose
 from lmoe_compiler.train.config import TrainConfig, to_dict
@@ -32,7 +29,6 @@ from lmoe_compiler.train.display import Display, Evaluation, Step
 from lmoe_compiler.train.logs import Logs
 
 CompiledModel = Any
-_CXX = ("g++", "clang++", "c++")
 
 
 @dataclass
@@ -289,41 +285,3 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.clock = Clock(**state["clock"])
-
-
-def pick_threads(config: TrainConfig, model: LinearMoEForCausalLM) -> int:
-    """All cores, unless other programs keep them so busy that threads waiting for each other lose.
-
-    Only for runs by the clock: the number of threads changes how sums are rounded, and equal runs
-    of so many steps must have equal losses.
-    """
-    every = torch.get_num_threads()
-    if config.threads or config.steps or every == 1:
-        return config.threads or every
-    ids = torch.zeros(config.batch_size, config.sequence_length, dtype=torch.int64)
-    ids = ids.to(model.embed.weight.device)
-    seconds = {}
-    for threads in (1, every):
-        torch.set_num_threads(threads)
-        begin = time.monotonic()
-        for _ in range(3):
-            model(ids)
-        seconds[threads] = time.monotonic() - begin
-    return min(seconds, key=lambda threads: seconds[threads])
-
-
-def pick_compiler(name: str) -> str:
-    """`auto` is Inductor, which on CPU needs a C++ compiler."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", ""), *_CXX))):
-        return "inductor"
-    return "aot_eager"
-
-
-def compile_model(model: nn.Module, compiler: str) -> CompiledModel:
-    """The model through our torch.compile backend, with the inner compiler that was chosen."""
-    compiler = pick_compiler(compiler)
-    if compiler == "none":
-        return model
-    return lmoe_compiler.compile(model, fullgraph=True, inner=compiler)

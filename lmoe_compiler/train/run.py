@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lmoe_compiler.config import environment
-from lmoe_compiler.errors import ArchitectureMismatch, InvalidTraining
+from lmoe_compiler.errors import ArchitectureMismatch
 from lmoe_compiler.models.generation import stream
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint
@@ -35,7 +35,8 @@ from lmoe_compiler.train.config import (
 )
 from lmoe_compiler.train.data import Corpus, prepare
 from lmoe_compiler.train.display import make_display, result_table
-from lmoe_compiler.train.loop import Trainer, compile_model, pick_compiler, pick_threads
+from lmoe_compiler.train.loop import Trainer
+from lmoe_compiler.train.machine import compile_model, pick_compiler, pick_device, pick_threads
 from lmoe_compiler.train.plot import draw, read_metrics
 
 _PROMPT_BYTES = 64
@@ -132,17 +133,6 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> int:
     )
     print(f"more text: lmoe generate {run} --prompt 'def '")
     return 0
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InvalidTraining(
-            f"device={name!r} does not exist", why="auto, cpu or cuda", try_="--device auto"
-        ) from error
 
 
 def introduction(config: TrainConfig, model: LinearMoEForCausalLM, corpus: Corpus) -> str:
