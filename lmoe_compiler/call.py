@@ -64,7 +64,7 @@ def scan(
             return_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-    text = r.text(**_static_sizes(r, inputs))
+    text = (r.origin or r).text(**_static_sizes(r, inputs))
     results = library.scan(text, inputs, states, cu_seqlens, r.options)
     output, *finals = results[: 1 + len(r.states)]
     return (output, _as_given(finals)) if return_state else output
@@ -81,7 +81,7 @@ def step(r: Recurrence, *args: Tensor, state: State = None, **named: Tensor) -> 
         ]
         output, final = r.reference(*rows, initial_state=state, return_state=True)
         return output.squeeze(1), final
-    text = r.text(**_static_sizes(r, inputs))
+    text = (r.origin or r).text(**_static_sizes(r, inputs))
     output, *following = library.step(text, inputs, states, r.options)
     return output, _as_given(following)
 

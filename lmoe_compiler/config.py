@@ -50,9 +50,14 @@ class Options:
             raise InvalidOption(
                 f"debug={self.debug!r} is not a bool", try_="r.with_options(debug=True)"
             )
-        changed = (f for f in fields(self) if f.init and getattr(self, f.name) != f.default)
-        text = " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
+        text = " ".join(f"{name}={value}" for name, value in self.changes.items())
         object.__setattr__(self, "text", text)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that are not the default ones."""
+        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self) if f.init)
+        return {name: value for name, value, default in given if value != default}
 
     def with_(self, changes: Mapping[str, Any]) -> Options:
         """These options with some changed; names are checked."""

@@ -6,12 +6,14 @@ that trace.py and analysis/ prove from it. What a call does is in call.py.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from operator import attrgetter
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints, overload
 
 import torch
@@ -62,6 +64,8 @@ class Recurrence:
     definition: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False)
     given: Program | None = field(default=None, repr=False)
     options: Options = field(default_factory=Options)
+    # What `with_options` was called on: it keeps the proofs, and it is there before torch.compile traces.
+    origin: Recurrence | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """o [B, T, H, ...] of tokens [B, T, H, ...] and heads [H, ...]; call.py has the whole contract."""
@@ -73,7 +77,7 @@ class Recurrence:
 
     def with_options(self, **changes: Any) -> Recurrence:
         """The same recurrence, run with other options."""
-        return replace(self, options=self.options.with_(changes))
+        return replace(self, options=self.options.with_(changes), origin=self.origin or self)
 
     def program(self, **sizes: int) -> Program:
         """The proved program; static dims need their length: `r.program(N=3)`."""
@@ -165,9 +169,25 @@ class Recurrence:
                 output, finals = over_tokens(step, self.states, self.inputs, wide, old, cu_seqlens)
         return output.to(inputs[first].dtype), finals
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as a function is, by its name; a recurrence that was given as IR, by its text."""
+        if self.definition is None:
+            return _restore, ("", self.text(), self.options)
+        return _restore, (self.definition.__module__, self.definition.__qualname__, self.options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recurrence:
+        return self
+
     def bind(self, args: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
         """Positional and named inputs in the signature's order."""
         return call.bind(self, args, named)
+
+
+def _restore(module: str, name: str, options: Options) -> Recurrence:
+    """The recurrence of that name, or of that text."""
+    found = attrgetter(name)(importlib.import_module(module)) if module else parse(name)
+    assert isinstance(found, Recurrence), found
+    return found if found.options == options else found.with_options(**options.changes)
 
 
 # Dynamo calls `text` while tracing and takes its result as a constant: torch.compiler.assume_constant_result without

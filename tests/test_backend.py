@@ -221,6 +221,14 @@ def test_reference_and_ops_agree_when_compiled():
     same([compiled(*inputs)], [gated(*inputs)])
 
 
+def test_options_may_be_changed_inside_a_compiled_function():
+    compiled = lmoe.compile(
+        lambda *xs: gated.with_options(chunk_size=2)(*xs), inner="eager", fullgraph=True
+    )
+    inputs = arguments()
+    same([compiled(*inputs)], [gated(*inputs)])
+
+
 def test_decorator_forms():
     @lmoe.compile
     def bare(x):

@@ -5,6 +5,8 @@ The same checks run on fake tensors, so a compiled model reports them too.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import warnings
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 import torch
 from calls import arguments, gated, state
 
+import lmoe_compiler as lmoe
 from lmoe_compiler import errors, implementation, kernels, layout
 from lmoe_compiler.config import Environment, Options, environment
 
@@ -303,3 +306,10 @@ def test_vmap_over_offsets_is_refused():
     packings = torch.stack([offsets(0, 3, 7), offsets(0, 5, 7)])
     with pytest.raises(errors.UnsupportedTransform, match="cu_seqlens of gated"):
         torch.func.vmap(lambda c: gated(*inputs, cu_seqlens=c))(packings)
+
+
+@pytest.mark.parametrize("made", [gated, lmoe.parse(gated.text())], ids=["step", "text"])
+def test_a_recurrence_is_pickled_with_its_options(made):
+    restored = pickle.loads(pickle.dumps(made.with_options(chunk_size=8)))
+    assert (restored.text(), restored.options) == (made.text(), Options(chunk_size=8))
+    assert copy.deepcopy(made) is made
