@@ -189,3 +189,7 @@ class MixesTokens(LmoeError, NotImplementedError):
 
 class NotShardable(LmoeError, NotImplementedError):
     """A marked operation is used in a way that has no meaning on a shard of the sequence."""
+
+
+class WrongOnRanks(LmoeError, RuntimeError):
+    """The verifier found a layer that would be wrong on a cut sequence, or ranks that would not agree."""

@@ -11,6 +11,7 @@ from lmoe_compiler.passes.losses import GlobalNumbers
 from lmoe_compiler.passes.overlap import Overlap
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
+from lmoe_compiler.passes.verifier import Verifier
 from lmoe_compiler.runtime.mesh import axis_of
 
 __all__ = ["GraphPass", "PassPipeline", "Record", "pipeline"]
@@ -47,7 +48,8 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     if tokens and options.sum_gradients:
         # After ExpertParallel, which says whose weights are not replicated.
         passes.append(SumGradients(tokens, options.expert_parallel))
-    if passes:
+    if tokens or experts:
         # Last: it moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())
+        passes.append(Verifier(tokens or experts, sequence=bool(tokens)))
     return tuple(passes)

@@ -80,6 +80,7 @@ class SequenceParallel:
         call = (choice.schedule, shard.axis.size, shard.axis.groups["state"])
         flight = edit.call(exchange.start, parts, *call)
         entries = edit.call(exchange.finish, flight, parts, shard.rank(), tuple(axes), *call)
+        entries.meta["lmoe_choice"] = choice
         entry = [edit.call(operator.getitem, entries, i) for i in range(len(axes))]
         if documents is not None:
             entry = [edit.call(sequence.place, x, documents, shard.offset()) for x in entry]

@@ -9,6 +9,7 @@ sizes.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -54,12 +55,10 @@ def layer_of(node: fx.Node) -> str:
 
 
 def clean(path: str) -> str:
-    """Dynamo's "L['self'].layers.0.mixer" -> "layers.0.mixer"."""
-    for noise in ("L['self']._modules", "L['self'].", "L['self']", "L['fn']."):
-        path = path.replace(noise, "")
-    for opening in ("['", "_modules"):
-        path = path.replace(opening, "." if opening == "['" else "")
-    return path.replace("']", "").strip(".")
+    """Dynamo's "L['self'].layers['0'].mixer" -> "layers.0.mixer"."""
+    words = re.sub(r"\['?(\w+)'?\]", r".\1", path).split(".")
+    noise = {"L", "G", "self", "fn", "_modules", ""}
+    return ".".join(word for word in words if word not in noise)
 
 
 class Editor:

@@ -19,22 +19,23 @@ a_in, b_in, a_x, b_x = sympy.symbols("a_in b_in a_x b_x", positive=True)
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks of a node, and (latency in s, bytes/s) inside a node and across nodes."""
+    """Ranks of a node, (latency in s, bytes/s) inside a node and across nodes, and a rank's flops/s in practice."""
 
     name: str
     ranks_per_node: int
     inside: tuple[float, float]
     across: tuple[float, float]
+    flops: float
 
 
 TOPOLOGIES = {
     topology.name: topology
     for topology in (
         # NVLink and InfiniBand NDR, 400 Gbit/s a GPU: usual figures, not measured by us.
-        Topology("h100", 8, (4e-6, 400e9), (12e-6, 45e9)),
-        Topology("nvl72", 72, (4e-6, 700e9), (12e-6, 45e9)),
+        Topology("h100", 8, (4e-6, 400e9), (12e-6, 45e9), 400e12),
+        Topology("nvl72", 72, (4e-6, 700e9), (12e-6, 45e9), 900e12),
         # gloo over the loopback device.
-        Topology("cpu", 1024, (100e-6, 1e9), (100e-6, 1e9)),
+        Topology("cpu", 1024, (100e-6, 1e9), (100e-6, 1e9), 50e9),
     )
 }
 
