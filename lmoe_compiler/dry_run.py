@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
+from lmoe_compiler.passes.base import GraphPass
 from lmoe_compiler.passes.expert_parallel import ExpertParallel
 from lmoe_compiler.passes.halo import Halo
 from lmoe_compiler.passes.losses import GlobalNumbers
@@ -70,14 +71,15 @@ def dry_run(
     axis = Axis.on_one_group("sp", ranks, ranks // 2, "dry run")
     gm = capture(config, tokens, ranks)
     spread = config.num_experts > 0 and config.num_experts % ranks == 0
-    for graph_pass in (
+    passes: list[GraphPass] = [
         SequenceParallel(axis, schedule=schedule, topology=topology),
         Halo(axis),
         SoftmaxParallel(axis),
         GlobalNumbers(axis),
         *([ExpertParallel(axis)] if spread else []),
         Overlap(),
-    ):
+    ]
+    for graph_pass in passes:
         graph_pass(gm)
     verify(gm)
     return list(_transfers(gm, axis, topology))
@@ -176,7 +178,9 @@ def _flops(gm: fx.GraphModule, node: fx.Node) -> float:
 
 def table(transfers: Sequence[Transfer]) -> str:
     """A line for each exchange and their sum."""
-    rows = [("layer", "exchange", "received", "time us", "hidden us", "exposed us")]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "exchange", "received", "time us", "hidden us", "exposed us")
+    ]
     total = Transfer(
         "all", "", *(sum(getattr(t, f) for t in transfers) for f in ("volume", "seconds", "hidden"))
     )

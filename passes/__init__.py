@@ -32,8 +32,8 @@ def pipeline(options: CompileOptions) -> PassPipeline:
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes that make a graph one rank's part of a model."""
     passes: list[GraphPass] = []
-    tokens = options.sequence_parallel and axis_of(options.mesh, options.sequence_parallel)
-    experts = options.expert_parallel and axis_of(options.mesh, options.expert_parallel)
+    names = (options.sequence_parallel, options.expert_parallel)
+    tokens, experts = (axis_of(options.mesh, name) if name else None for name in names)
     if tokens:
         dim = options.sequence_dim
         passes += [
@@ -48,8 +48,9 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     if tokens and options.sum_gradients:
         # After ExpertParallel, which says whose weights are not replicated.
         passes.append(SumGradients(tokens, options.expert_parallel))
-    if tokens or experts:
+    axis = tokens or experts
+    if axis:
         # Last: it moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())
-        passes.append(Verifier(tokens or experts, sequence=bool(tokens)))
+        passes.append(Verifier(axis, sequence=tokens is not None))
     return tuple(passes)

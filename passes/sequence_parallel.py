@@ -22,8 +22,8 @@ import torch
 from torch import fx
 
 from lmoe_compiler.errors import NotShardable
+from lmoe_compiler.kernels import parse
 from lmoe_compiler.layout import map_axes
-from lmoe_compiler.library import parse
 from lmoe_compiler.passes import planner, token_axis
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.shard import Shard
@@ -121,11 +121,8 @@ def _token_input(program: Any, inputs: Any) -> fx.Node:
 
 def _refuse_states(node: fx.Node, states: Any, count: int) -> None:
     """States at the ends of a cut sequence belong to other ranks."""
-    used = [
-        user
-        for user in node.users
-        if user.target is operator.getitem and 1 <= user.args[1] <= count
-    ]
+    ends = range(1, count + 1)
+    used = [user for user in node.users if user.target is operator.getitem and user.args[1] in ends]
     if states:
         raise NotShardable(
             "a recurrence with initial_state= in a sequence that is cut over ranks",

@@ -10,6 +10,7 @@ order       `signature(gm)`: the collectives with their sizes, which must be equ
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,12 @@ def verify(gm: fx.GraphModule) -> None:
 def signature(gm: fx.GraphModule) -> str:
     """A hash of the collectives of a graph, in order, with the shapes of what they give."""
     lines = [f"{node.target.__name__} {_shapes(node)}" for node in collectives_of(gm)]  # type: ignore[union-attr]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    # Symbols are numbered by each process as it likes.
+    order: dict[str, str] = {}
+    text = re.sub(
+        r"\b[su]\d+\b", lambda m: order.setdefault(m[0], f"s{len(order)}"), "\n".join(lines)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def collectives_of(gm: fx.GraphModule) -> Iterator[fx.Node]:
