@@ -28,7 +28,7 @@ LAYERS = (
     ("debug",),
     ("ir",),
     ("layout",),
-    ("operations", "side_effects"),
+    ("operations", "side_effects", "experts"),
     ("trace",),
     ("analysis",),
     ("interpreted", "implementation"),
