@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_expressions import INPUTS, STATES, environment, expressions, value_of
 
-from lmoe_compiler.analysis import analyse
+from lmoe_compiler.analysis import analyse, evaluate
 from lmoe_compiler.ir.interpret import run_token
-from lmoe_compiler.ir.nodes import Node, Var, make
+from lmoe_compiler.ir.nodes import Node, Program, Var, make
 from lmoe_compiler.ir.parse import parse
 from lmoe_compiler.ir.spec import base, verify
 from lmoe_compiler.trace import Traced
@@ -63,7 +65,11 @@ def steps(draw):
 @settings(max_examples=150, deadline=None)
 @given(steps())
 def test_program_has_the_steps_values(traced):
-    program = verify(analyse(traced, ()))
+    agrees(traced, analyse(traced, ()))
+
+
+def agrees(traced: Traced, program: Program) -> None:
+    assert verify(program) is program
     assert parse(str(program)) == program
     env = environment(EVERYTHING)
     inputs = {v.name: env[v.node] for v in INPUTS}
@@ -78,3 +84,10 @@ def test_program_has_the_steps_values(traced):
         x = value.to(axes).expand(expected.shape)
         torch.testing.assert_close(x[known], expected[known], rtol=1e-8, atol=1e-8)
     assert all(base(a) in ("K", "V") for a in program.output.axes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps())
+def test_values_too_large_to_expand_are_used_as_written(traced):
+    with mock.patch.object(evaluate, "MOST_MONOMIALS", 2):
+        agrees(traced, analyse(traced, ()))

@@ -40,6 +40,7 @@ from lmoe_compiler.ir.spec import base
 from lmoe_compiler.operations import another
 from lmoe_compiler.trace import Traced
 
+PATIENCE = 2
 LINEAR = {"add", "sub", "mul", "div", "neg", "dot", "sum", "rename", "index", "cast", "where"}
 
 
@@ -111,6 +112,7 @@ class _Analysis:
         )
         self.emit = Emitter(traced.inputs, traced.states, self.evaluator.opaque_nodes, self.reads)
         self.reads.emitter = self.emit
+        self.emit.express = self.express
         self.emit.remember(self.values)
         self.cuts: dict[Node, Poly] = {}
 
@@ -145,24 +147,37 @@ class _Analysis:
         steps: list[tuple[Node, Terms]] = []
         at = 0
         while at < len(chain) - 1:
-            found: tuple[int, Terms] | None = None
-            refusal: Refused | None = None
-            for to in range(len(chain) - 1, at, -1):
-                try:
-                    terms = self.step_between(state, chain[at], chain[to])
-                except Refused as error:
-                    refusal = refusal or error
-                    continue
-                if len(terms.feedbacks) <= 1:
-                    found = to, terms
-                    break
-                found = found or (to, terms)
-            if found is None:
-                assert refusal is not None
-                return refusal
-            at = found[0]
-            steps.append((chain[at], found[1]))
+            jump = self.jump(state, chain, at)
+            if isinstance(jump, Refused):
+                return jump
+            at = jump[0]
+            steps.append((chain[at], jump[1]))
         return steps
+
+    def jump(self, state: str, chain: list[Node], start: int) -> tuple[int, Terms] | Refused:
+        """The farthest cut from `start` that is one step of rank one at most; failing that, of least rank.
+
+        Looks past at most PATIENCE cuts that are none: their polynomials grow exponentially.
+        """
+        best: tuple[int, Terms] | None = None
+        refusal: Refused | None = None
+        misses = 0
+        for stop in range(start + 1, len(chain)):
+            try:
+                terms = self.step_between(state, chain[start], chain[stop])
+            except Refused as error:
+                refusal, misses = error, misses + 1
+            else:
+                rank = len(terms.feedbacks)
+                if best is None or rank <= max(1, len(best[1].feedbacks)):
+                    best = stop, terms
+                misses = 0 if rank <= 1 else misses + 1
+            if misses > PATIENCE:
+                break
+        if best is None:
+            assert refusal is not None
+            return refusal
+        return best
 
     def step_between(self, state: str, start: Node, stop: Node) -> Terms:
         cuts = dict(self.cuts)
@@ -307,8 +322,8 @@ class _Analysis:
 
     def output(self) -> Node:
         output = self.traced.output
-        self.values = self.evaluator.evaluate([output], self.cuts)
-        self.emit.remember({n: p for n, p in self.values.items() if n not in self.cuts})
+        values = self.evaluator.evaluate([output], self.cuts)
+        self.emit.remember({n: p for n, p in values.items() if n not in self.cuts})
         node = self.express(output)
         axes = self.traced.output_axes
         if node.axes != axes and len(axes) > 1:
@@ -316,21 +331,34 @@ class _Analysis:
         return node
 
     def express(self, node: Node) -> Node:
-        """The user's expression with reads in the place of states: sums of reads anew, functions of them as written."""
-        p = self.values[node]
-        if not p.states:
-            return self.emit.node(p) if self.emit.mentions_state(node) else node
-        self.emit.loc = node.loc
-        simple = all(
-            len([a for a, _ in m if a.states]) <= 1
-            and all(a.kind == "state" for a, _ in m if a.states)
-            for m in p
-        )
-        if simple or node in self.cuts:
-            return self.emit.node(p)
-        if node.op in ("dot", "mul") and len(p) == 1:
-            return self.emit.node(p)
-        return Node(node.op, tuple(self.express(a) for a in node.args), node.attrs, node.loc)
+        """The user's expression with reads in the place of states.
+
+        Sums of reads are built anew; functions of reads stay as written.
+        """
+        values = self.evaluator.evaluate([node], self.cuts)
+
+        def expressed(node: Node) -> Node:
+            p = values[node]
+            if not self.emit.mentions_state(node):
+                return node
+            self.emit.loc = node.loc
+            if node in self.cuts or node.op == "input" or _is_sum_of_reads(p):
+                return self.emit.node(p)
+            if node.op in ("dot", "mul") and len(p) == 1 and not _is_opaque(p):
+                return self.emit.node(p)
+            return Node(node.op, tuple(expressed(a) for a in node.args), node.attrs, node.loc)
+
+        return expressed(node)
+
+
+def _is_sum_of_reads(p: Poly) -> bool:
+    """At most one state in each term, and not inside a function."""
+    inside = [[a for a, _ in mono if a.states] for mono in p]
+    return all(len(atoms) <= 1 and all(a.kind == "state" for a in atoms) for atoms in inside)
+
+
+def _is_opaque(p: Poly) -> bool:
+    return any(a.kind == "opaque" for mono in p for a, _ in mono)
 
 
 def _along(axes: Sequence[str], node: Node) -> Node:

@@ -303,7 +303,3 @@ def _without_exponent(have: Poly, wanted: Poly) -> Poly | None:
     if any(have.get(m, Fraction(0)) / c < 1 for m, c in wanted.items()):
         return None
     return exp(Poly(_sum(have, scale(wanted, -1))))
-
-
-def rank(terms: Terms) -> int:
-    return len(terms.feedbacks)

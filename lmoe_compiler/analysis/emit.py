@@ -7,7 +7,7 @@ written: expanding it would lose digits. Everything else is built anew, so spell
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Protocol
 
@@ -71,6 +71,8 @@ class Emitter:
         self.state_axes = {v.name: v.axes for v in states}
         self.opaque = opaque
         self.read = read
+        # An expression as the user wrote it, with reads in the place of states (analyse.py).
+        self.express: Callable[[Node], Node] = lambda node: node
         self.written: dict[str, tuple[Node, tuple[str, ...]]] = {}
         self.lines: dict[str, Loc] = {}
         self.loc: Loc | None = None
@@ -188,8 +190,9 @@ class Emitter:
             return const(float(a.name), self.loc)
         if a.kind == "fn":
             return self._function(a, labels)
-        leaf = self.opaque[a.name] if a.kind == "opaque" else self.inputs[a.name]
-        return self._placed(leaf, labels)
+        if a.kind in ("opaque", "written"):
+            return self._placed(self.express(self.opaque[a.name]), labels)
+        return self._placed(self.inputs[a.name], labels)
 
     def _placed(self, node: Node, labels: tuple[str, ...]) -> Node:
         """`node` with its axes named by `labels`; `N=2` takes an entry, a repeated label the diagonal."""
@@ -292,7 +295,7 @@ class Emitter:
                 args = tuple(self.without_states(x) for x in open_atom(a, labels, level))
                 product = mul(product, apply(a.name, args))
             else:
-                plain.append((a, labels))
+                plain.append((Atom("written", a.name), labels))
         return product_with(plain, product, level)
 
 

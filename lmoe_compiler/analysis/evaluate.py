@@ -8,6 +8,7 @@ from fractions import Fraction
 from lmoe_compiler.analysis import algebra as f
 from lmoe_compiler.analysis.algebra import add, close_atom, mul, relabel, scale, sum_over
 from lmoe_compiler.analysis.poly import (
+    MOST_MONOMIALS,
     Atom,
     Poly,
     TooLarge,
@@ -62,9 +63,10 @@ class Evaluator:
 
     def _node(self, node: Node, args: list[Poly]) -> Poly:
         try:
-            return self._rule(node, args)
+            p = self._rule(node, args)
         except TooLarge:
             return self.opaque(node, args)
+        return p if len(p) <= MOST_MONOMIALS else self.opaque(node, args)
 
     def opaque(self, node: Node, args: list[Poly]) -> Poly:
         """An atom that stands for the value of this very expression (equal expressions are one atom)."""

@@ -19,11 +19,11 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import permutations, product
 
-MOST_MONOMIALS = 256
+MOST_MONOMIALS = 64
 
 
 class TooLarge(Exception):
-    """A polynomial grew past MOST_MONOMIALS; its value is used as it is, unexpanded."""
+    """A product would grow far past MOST_MONOMIALS; the value is used as it is, unexpanded."""
 
 
 @dataclass(frozen=True, eq=False)
