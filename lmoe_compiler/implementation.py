@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import FallbackWarning, ImplementationUnavailable
 from lmoe_compiler.ir.nodes import Program
-from lmoe_compiler.layout import Saved, Tensors
+from lmoe_compiler.layout import Measured, Saved, Spec, Tensors
 
 TORCH, TRITON = "lmoe_compiler.lower.execute", "lmoe_compiler.codegen.run"
 INTERPRETER = "lmoe_compiler.interpreted"
@@ -67,7 +67,7 @@ class Implementation(Protocol):
 
 
 def choose(
-    function: str, program: Program, inputs: Tensors, options: Options
+    function: str, program: Program, inputs: Sequence[Measured], options: Options
 ) -> Callable[..., Any]:
     """The function that runs this call; raises where `triton` was asked for and cannot run."""
     wanted = options.implementation
@@ -99,8 +99,36 @@ def _nothing(*_: Any) -> list[Tensor]:
     return []
 
 
-def kernels_or_reason(function: str, program: Program, inputs: Tensors, options: Options) -> Any:
+def kernels_or_reason(
+    function: str, program: Program, inputs: Sequence[Measured], options: Options
+) -> Any:
     """The module of generated kernels, or the reason (a str) why it does not run this call."""
+    specs = tuple([Spec(x.shape, x.dtype, x.device) for x in inputs])
+    try:
+        return _kernels_or_reason(function, _Same(program), specs, options)
+    except TypeError:  # symbolic sizes cannot be looked up
+        return _kernels_or_reason.__wrapped__(function, _Same(program), specs, options)
+
+
+class _Same:
+    """Equal only to itself: a program is compared as an object, because its hash walks all of it."""
+
+    __slots__ = ("program",)
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __hash__(self) -> int:
+        return id(self.program)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.program is other.program
+
+
+@lru_cache(maxsize=4096)
+def _kernels_or_reason(
+    function: str, same: _Same, inputs: tuple[Spec, ...], options: Options
+) -> Any:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'lmoe-compiler[gpu]')"
     if inputs[0].device.type != "cuda" and not _interpreted():
@@ -109,7 +137,7 @@ def kernels_or_reason(function: str, program: Program, inputs: Tensors, options:
     if not hasattr(kernels, function):
         return f"there is no generated kernel for {function}"
     unsupported = getattr(kernels, "unsupported", None)
-    reason = unsupported(program, inputs, options) if unsupported else None
+    reason = unsupported(same.program, inputs, options) if unsupported else None
     return kernels if reason is None else reason
 
 

@@ -258,7 +258,7 @@ def _adjoint(program: Program) -> ChunkAdjoint:
 def _sizes(program: Program, inputs: Tensors) -> dict[str, int]:
     sizes = dict(program.static)
     for var, x in zip(program.inputs, inputs, strict=True):
-        shape = x.shape[x.dim() - len(var.axes) :]
+        shape = x.shape[len(x.shape) - len(var.axes) :]
         sizes |= dict(zip((a.rstrip("'") for a in var.axes), shape, strict=True))
     return sizes
 
