@@ -54,7 +54,17 @@ def test_chunk_size_changes_nothing(case, chunk_size):
 
 
 @every_case
-@pytest.mark.parametrize(("key_size", "value_size"), [(1, 1), (1, 5), (7, 1), (33, 20)])
+def test_own_choice_of_chunks_equals_reference(case):
+    """As a user calls it, with no option, over several chunks and a ragged end."""
+    sizes = Sizes(B=1, T=150)
+    inputs, states = make_inputs(case, sizes)
+    assert_same(differentiated(case.recurrence, inputs, states), reference(case.name, sizes))
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("key_size", "value_size"), [(1, 1), (1, 5), (7, 1), (33, 20), (256, 2), (2, 256)]
+)
 def test_any_state_size(case, key_size, value_size):
     sizes = Sizes(B=1, T=21, H=1, K=key_size, V=value_size)
     actual = differentiated(compiled(case), *make_inputs(case, sizes))
