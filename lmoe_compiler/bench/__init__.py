@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "kernels": "forward and backward on the grid of shapes; --against fla",
-    "decode": "one token a call, eager and as a CUDA graph; --against fla",
     "resources": "registers, spills and shared memory of kernels compiled for sm_90, without a GPU",
     "tune": "search plans, check their numbers, write the table that the package ships",
 }

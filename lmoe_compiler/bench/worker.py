@@ -17,7 +17,6 @@ from lmoe_compiler.bench.measure import (
     kernels_launched,
     median_us,
     peak_bytes,
-    relative_rms,
 )
 from lmoe_compiler.bench.workloads import WORKLOADS, Workload, bytes_of, make_inputs
 from lmoe_compiler.models import RECURRENCES
@@ -53,17 +52,6 @@ def measure(workload: Workload, shape: tuple[int, int, int, int], side: str) -> 
     row["both_floor_us"] = 1e6 * (3 * read + 2 * written) / COPY_BANDWIDTH
     row["finite"] = all(bool(g.isfinite().all()) for g in (o, *both()))
     return row
-
-
-def compare(workload: Workload, shape: tuple[int, int, int, int]) -> dict[str, float]:
-    """Relative RMS distance of our output and gradients from the library's."""
-    inputs = make_inputs(workload, shape, torch.bfloat16, "cuda")
-    leaves = list(inputs.values())
-    ours, theirs = (forward_of(workload, side, inputs) for side in ("ours", "fla"))
-    d_output = torch.randn_like(ours())
-    results = [(f(), *torch.autograd.grad(f(), leaves, d_output)) for f in (ours, theirs)]
-    names = ("o", *(f"d{name}" for name in inputs))
-    return {n: relative_rms(a, b) for n, a, b in zip(names, *results, strict=True)}
 
 
 def main() -> None:

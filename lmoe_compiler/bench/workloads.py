@@ -75,7 +75,6 @@ class Workload:
     name: str
     gates: dict[str, Maker] = field(default_factory=dict)
     library: Library | None = None
-    step_library: Library | None = None
     fp32: tuple[str, ...] = ("g",)
 
 
@@ -94,13 +93,11 @@ GATE = (
         "simple_gla",
         {**KEYS, "g": F.logsigmoid},
         Library("simple_gla", "chunk_simple_gla", (*QKV, "g"), SCALE),
-        Library("simple_gla", "fused_recurrent_simple_gla", (*QKV, "g"), SCALE),
     ),
     Workload(
         "gla",
         {**KEYS, "g": F.logsigmoid},
         Library("gla", "chunk_gla", (*QKV, "g"), SCALE),
-        Library("gla", "fused_recurrent_gla", (*QKV, "gk"), SCALE),
         fp32=(),
     ),
     Workload(
@@ -112,7 +109,6 @@ GATE = (
         "gated_delta_rule",
         {**DELTA, "g": F.logsigmoid},
         Library("gated_delta_rule", "chunk_gated_delta_rule", (*QKV, "g", "beta"), SCALE),
-        Library("gated_delta_rule", "fused_recurrent_gated_delta_rule", (*QKV, "g", "beta"), SCALE),
     ),
     Workload(
         "kda",
@@ -133,20 +129,20 @@ WORKLOADS = {w.name: w for w in (*GATE, *WIDE)}
 
 
 def make_inputs(
-    workload: Workload, shape: Shape, dtype: torch.dtype, device: str, tokens: bool = True
+    workload: Workload, shape: Shape, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor]:
-    """Every input of the recurrence by name, requiring gradients; `tokens` False leaves T out (decode)."""
+    """Every input of the recurrence by name, requiring gradients."""
     batch, length, heads, size = shape
     generator = torch.Generator(device).manual_seed(zlib.crc32(workload.name.encode()))
     inputs = {}
     for var in RECURRENCES[workload.name].inputs:
-        lead = ((batch, length) if tokens else (batch,)) if var.kind == "token" else ()
+        lead = (batch, length) if var.kind == "token" else ()
         noise = torch.randn(
             *lead, heads, *(size for _ in var.axes), device=device, generator=generator
         )
         made = workload.gates.get(var.name, lambda x: x)(noise)
         kept = torch.float32 if var.name in workload.fp32 or var.kind == "head" else dtype
-        inputs[var.name] = made.to(kept).requires_grad_(tokens)
+        inputs[var.name] = made.to(kept).requires_grad_()
     return inputs
 
 

@@ -24,9 +24,6 @@ B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-SEGMENTS = True
-"""Whether partition.py cuts sequences yet."""
-
 RULES = """\
 scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
 chunk 32, 3 stages, solves     428 us against 395-600 us at chunk 64, and prepare takes 127 us instead of 230
@@ -199,7 +196,7 @@ def _steps(program: Program) -> list[Step]:
 
 def segmented(program: Program, direction: str) -> bool:
     """Whether a sequence may be cut into segments: a span's map must be a scalar or a diagonal."""
-    return direction == "forward" and SEGMENTS and not any(s.feedbacks for s in _steps(program))
+    return direction == "forward" and not any(s.feedbacks for s in _steps(program))
 
 
 def _segments(call: Call, batch: int, length: int) -> int:
