@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler.codegen.cost import choose
+from lmoe_compiler.codegen.describe import header
 from lmoe_compiler.codegen.launch import Executable, Extent, interpreting
 from lmoe_compiler.codegen.partition import Call, backward_plan, forward_plan, step_plan
 from lmoe_compiler.codegen.plan import Choice
@@ -226,17 +227,11 @@ def _build(
         plan = forward_plan(_chunk(program), choice, call)
     else:
         plan = backward_plan(_adjoint(program), choice, call)
-    return Executable(plan, _header(plan))
+    return Executable(plan, header(plan))
 
 
 def _with_chunk(choice: Choice, size: int) -> Choice:
     return replace(choice, chunk=max(16, 1 << (size - 1).bit_length()))
-
-
-def _header(plan: Any) -> list[str]:
-    from lmoe_compiler.codegen.describe import header
-
-    return header(plan)
 
 
 _chunks: dict[int, tuple[Program, ChunkProgram]] = {}
@@ -299,7 +294,7 @@ def _gathered(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     if kind == "head":
         grad = grad.sum(0)
         if grad.shape[0] != x.shape[0]:
-            grad = grad.unflatten(0, (x.shape[0], -1)).sum(1)
+            grad = grad.reshape(x.shape[0], -1, *x.shape[1:]).sum(1)
     elif grad.shape[2] != x.shape[2]:
-        grad = grad.unflatten(2, (x.shape[2], -1)).sum(3)
+        grad = grad.reshape(*x.shape[:3], -1, *x.shape[3:]).sum(3)
     return grad.to(x.dtype)
