@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.plan import Kernel, Load, Store
-from lmoe_compiler.codegen.triton import identifier
 
 SHARED_MEMORY_LIMIT = 232448
 """Bytes of shared memory that one block can have on an H100 or H200."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.load import load_module
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value
-from lmoe_compiler.codegen.triton import function_name, identifier, print_module
+from lmoe_compiler.codegen.triton import function_name, print_module
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

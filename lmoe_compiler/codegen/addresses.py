@@ -1,0 +1,256 @@
+"""A kernel's text under construction: statements, parameters, addresses and loads.
+
+The first layer of the printer; expressions.py adds operations, loops.py the walk over chunks, triton.py the signature.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lmoe_compiler.codegen.partition import closure
+from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
+from lmoe_compiler.codegen.statements import (
+    Block,
+    axis_order,
+    spread,
+)
+from lmoe_compiler.codegen.tile import inside_levels
+from lmoe_compiler.codegen.tiling import split
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Node
+from lmoe_compiler.lower.program import VALID
+
+INDENT = "    "
+
+
+def identifier(name: str) -> str:
+    """A Python name for an IR name: `d.o` -> `do`, `K'` -> `K_1`."""
+    return re.sub(r"\W", "_", name.replace("d.", "d").replace("'", "_1"))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Nodes below which nothing needs to be written: they are loaded, or written already."""
+
+    loaded: Mapping[Node, Value]
+    blocks: Mapping[int, Block]
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self.loaded or id(node) in self.blocks
+
+
+class Addresses:
+    """The lines of one kernel so far. `args` and `constants` are its parameters, in order, for the launcher."""
+
+    def __init__(self, plan: Plan, kernel: Kernel) -> None:
+        self.plan, self.kernel = plan, kernel
+        program = plan.program
+        self.inputs = {v.name: v for v in program.inputs}
+        self.heads = dict(plan.input_heads)
+        first = [] if kernel.order == "parallel" else list(kernel.tile_sizes)
+        self.order = axis_order(
+            [a for v in (*program.states, *program.inputs) for a in v.axes], first
+        )
+        self.blocks: dict[int, Block] = {}
+        self.casts: dict[str, str] = {}
+        self.lines: list[str] = []
+        self.depth = 1
+        self.count = 0
+        self.line_shown = ""
+        self.args: dict[str, Value | str] = {}
+        self.constants: dict[str, int] = {}
+        self.axes_used: dict[str, None] = {}
+        self.loads = {id(load.node): load.value for load in kernel.loads}
+        self.sizes = plan.size_of
+        self.cut = {load.node: load.value for load in kernel.loads}
+        self.nodes = closure(
+            [*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)], self.cut
+        )
+        self.levels = inside_levels(self.nodes)
+        self.known = _Known(self.cut, self.blocks)
+        self.splits = [
+            (axis, split(self.nodes, axis, self.cut) or {}) for axis in kernel.tile_sizes
+        ]
+        self.splits += [
+            (axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner
+        ]
+        self.in_loop = False
+        self.at = ("i_t", "m_t")
+        if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
+            self.constants["LEVELS"] = plan.chunk.bit_length() - 1
+
+    def write(self, text: str) -> None:
+        self.lines.append(INDENT * self.depth + text)
+
+    def name(self, stem: str) -> str:
+        self.count += 1
+        return f"b_{stem}{self.count}"
+
+    def shape(self, dims: Sequence[str]) -> str:
+        names = {ROW: "C", SOURCE: "C"}
+        return "[" + ", ".join(names.get(d) or "B" + identifier(self.axis(d)) for d in dims) + "]"
+
+    def axis(self, dim: str) -> str:
+        """The declared axis of a dimension (a primed copy shares it)."""
+        return dim.rstrip("'")
+
+    def assign(self, stem: str, text: str, dims: Sequence[str], kind: str = "fp32") -> Block:
+        for d in dims:
+            if d not in (ROW, SOURCE):
+                self.axes_used[self.axis(d)] = None
+        name = self.name(stem)
+        self.write(f"{name} = {text}  # {self.shape(dims)}" if dims else f"{name} = {text}")
+        return Block(name, tuple(dims), kind)  # type: ignore[arg-type]
+
+    def quote(self, node: Node) -> None:
+        """The user's line, once per run of statements that it produced."""
+        if node.loc is not None and str(node.loc) != self.line_shown:
+            self.line_shown = str(node.loc)
+            self.write(f"# {node.loc}  {node.loc.text}".rstrip())
+
+    def masked(self, dim: str) -> bool:
+        axis = self.axis(dim)
+        block = self.kernel.block_sizes.get(axis, padded(self.sizes[axis]))
+        return self.sizes[axis] % block != 0
+
+    def width(self, axes: Sequence[str]) -> str:
+        return " * ".join("C" if a == SOURCE else identifier(self.axis(a)) for a in axes) or "1"
+
+    def row_block(
+        self, pointer: str, axes: Sequence[str], heads: str, head: str
+    ) -> tuple[str, str, tuple[str, ...]]:
+        """Pointers [C, *axes] of the rows of this chunk, the mask, and the dimensions."""
+        width, (row, mask) = self.width(axes), self.at
+        for a in axes:
+            if a != SOURCE:
+                self.axes_used[self.axis(a)] = None
+        dims = tuple(sorted((ROW, *axes), key=self.order))
+        rows = spread("o_t", [ROW], dims)
+        terms = [
+            f"{pointer} + ({row} * {heads} + {head}) * ({width})",
+            f"{rows} * ({heads} * {width})",
+        ]
+        masks = [spread(mask, [ROW], dims)]
+        for position, axis in enumerate(axes):
+            rest = " * ".join(
+                "C" if a == SOURCE else identifier(self.axis(a)) for a in axes[position + 1 :]
+            )
+            index = spread("o_t" if axis == SOURCE else f"o_{identifier(axis)}", [axis], dims)
+            terms.append(f"{index} * ({rest})" if rest else index)
+            if axis != SOURCE and self.masked(axis):
+                masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
+        return " + ".join(terms), " & ".join(masks), dims
+
+    def state_block(
+        self, pointer: str, index: str, axes: Sequence[str]
+    ) -> tuple[str, str, tuple[str, ...]]:
+        """Pointers [*axes] of one per-chunk, per-sequence or per-head value."""
+        dims = tuple(sorted(axes, key=self.order))
+        terms, masks = [f"{pointer} + {index} * ({self.width(axes)})"], []
+        for position, axis in enumerate(axes):
+            self.axes_used[self.axis(axis)] = None
+            rest = " * ".join(identifier(self.axis(a)) for a in axes[position + 1 :])
+            at = spread(f"o_{identifier(axis)}", [axis], dims)
+            terms.append(f"{at} * ({rest})" if rest else at)
+            if self.masked(axis):
+                masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
+        return " + ".join(terms), " & ".join(masks), dims
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether addresses depend on the number of tokens of the whole call."""
+        return any(v.parts or v.per == "vector" for v in self.values())
+
+    def values(self) -> Iterable[Value]:
+        return [*(s.value for s in self.kernel.stores), *(load.value for load in self.kernel.loads)]
+
+    def place(self, value: Value, name: str) -> tuple[str, str, tuple[str, ...]]:
+        if value.per == "row":
+            if value.parts:
+                (axis,) = self.kernel.tile_sizes
+                name = f"{name} + i_{identifier(axis)}.to(tl.int64) * TOKENS * (H * ({self.width(value.axes)}))"
+            return self.row_block(name, value.axes, "H", "i_h")
+        if value.per == "vector":
+            row, mask = self.at
+            return f"{name} + i_h.to(tl.int64) * TOKENS + {row} + o_t", mask, (ROW,)
+        slot = "i_slot"
+        if value.parts:
+            (axis,) = (identifier(a) for a in self.kernel.tile_sizes)
+            slots = f"(tl.num_programs(0) // (H * tl.cdiv({axis}, B{axis})))"
+            slot = f"(i_{axis}.to(tl.int64) * {slots} + i_slot)"
+        index = {
+            "chunk": f"({slot} * H + i_h)",
+            "sequence": "(i_n.to(tl.int64) * H + i_h)",
+            "segment": "((i_n.to(tl.int64) * SEGMENTS + i_s) * H + i_h)",
+            "head": "i_h",
+        }[value.per]
+        return self.state_block(name, index, value.axes)
+
+    def load_text(self, pointers: str, mask: str) -> str:
+        return f"tl.load({pointers}, mask={mask}, other=0.0)" if mask else f"tl.load({pointers})"
+
+    def load(self, value: Value) -> Block:
+        name = identifier(value.name)
+        self.args[name] = value
+        pointers, mask, dims = self.place(value, name)
+        return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+
+    def input(self, node: Node) -> Block:
+        if node.name == VALID:
+            return Block("m_t", (ROW,), "bool")
+        name = identifier(node.name)
+        self.args[name] = node.name
+        axes = tuple(a for a in node.axes if a != ROW)
+        heads, head = "H", "i_h"
+        own = self.heads.get(node.name, self.plan.heads)
+        if own != self.plan.heads:
+            heads, head = f"H_{name}", f"i_h // (H // H_{name})"
+            self.constants[heads] = own
+        if ROW not in node.axes:
+            index = head
+            if node.name in self.inputs and self.inputs[node.name].kind == "token":
+                index = f"(i_n.to(tl.int64) * {heads} + {head})"
+            pointers, mask, dims = self.state_block(name, index, axes)
+            return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+        pointers, mask, dims = self.row_block(name, axes, heads, head)
+        return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+
+    def fetch(self, node: Node) -> Block:
+        return self.load(self.loads[id(node)]) if id(node) in self.loads else self.input(node)
+
+    def is_load(self, node: Node) -> bool:
+        return node in self.cut or (node.op == "input" and node.name != VALID)
+
+    def is_state(self, node: Node) -> bool:
+        """Whether a load is of a whole state, too large to wait in registers."""
+        return ROW not in node.axes and len(node.axes) > 1
+
+    def inner_split(self, node: Node) -> str:
+        return self.splits[-1][1][node] if self.kernel.inner else "whole"
+
+    def fp32(self, block: Block) -> Block:
+        if block.type == "fp32":
+            return block
+        if block.text not in self.casts:
+            name = f"{block.text}_f" if block.text.isidentifier() else self.name("f")
+            self.write(f"{name} = {block.text}.to(tl.float32)")
+            self.casts[block.text] = name
+        return Block(self.casts[block.text], block.dims)
+
+    def dot_type(self, block: Block) -> Block:
+        key = f"{block.text}:dot"
+        if key not in self.casts:
+            name = f"{block.text}_d" if block.text.isidentifier() else self.name("d")
+            self.write(f"{name} = {block.text}.to(DOT)")
+            self.casts[key] = name
+        return Block(self.casts[key], block.dims)
+
+    def dims_of(self, node: Node) -> tuple[str, ...]:
+        return tuple(sorted(node.axes, key=self.order))
+
+    def broadcast(self, block: Block, axes: Sequence[str]) -> str:
+        dims = tuple(sorted(axes, key=self.order))
+        if block.dims == dims:
+            return block.text
+        return f"{spread(block.text, block.dims, dims)} + tl.zeros({self.shape(dims)}, tl.float32)"

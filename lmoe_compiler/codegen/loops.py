@@ -1,0 +1,269 @@
+"""What surrounds a chunk's statements: program indices, the loop over chunks or tiles, carried states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.expressions import Expressions
+from lmoe_compiler.codegen.plan import Carry, Store, Value
+from lmoe_compiler.codegen.statements import (
+    Block,
+    spread,
+)
+from lmoe_compiler.ir.nodes import ROW, Node
+
+
+class Loops(Expressions):
+    """Prints the body of a kernel by its order: a scan, one chunk, or one token."""
+
+    def print_indices(self) -> None:
+        kernel, varlen = self.kernel, self.plan.varlen
+        self.write("i_p = tl.program_id(0)")
+        for axis in kernel.tile_sizes:
+            a = identifier(axis)
+            self.write(f"i_{a} = i_p % tl.cdiv({a}, B{a})")
+            self.write(f"i_p = i_p // tl.cdiv({a}, B{a})")
+        self.write("i_h = i_p % H")
+        if kernel.order == "step":
+            self.write("i_n = i_p // H")
+        elif kernel.order != "parallel":
+            self.print_segment()
+        elif varlen:
+            self.write("i_slot = (i_p // H).to(tl.int64)")
+            self.write("i_n = find_sequence(cu_seqlens, N, i_slot, C)")
+            self.print_sequence()
+            self.write("i_c = (i_slot - bos // C - i_n).to(tl.int32)")
+        else:
+            self.write("n_c = tl.cdiv(T, C)")
+            self.write("i_slot = (i_p // H).to(tl.int64)")
+            self.write("i_n = i_p // H // n_c")
+            self.write("i_c = i_p // H % n_c")
+            self.write("bos = i_n.to(tl.int64) * T")
+        if kernel.order != "step":
+            self.write("o_t = tl.arange(0, C)")
+        for axis in self.axes_used:
+            if axis not in dict(self.kernel.inner):
+                self.print_axis(axis)
+
+    def print_segment(self) -> None:
+        """The sequence of this program and its chunks i_first .. i_last."""
+        if self.kernel.segments == 1:
+            self.write("i_n = i_p // H")
+            self.print_sequence()
+            return
+        self.constants["SEGMENTS"] = self.kernel.segments
+        self.write("i_s = i_p // H % SEGMENTS")
+        self.write("i_n = i_p // H // SEGMENTS")
+        self.print_sequence()
+        self.write("i_first = i_s * tl.cdiv(n_c, SEGMENTS)")
+        self.write("i_last = tl.minimum(i_first + tl.cdiv(n_c, SEGMENTS), n_c)")
+        if self.kernel.skip_last:
+            self.write("i_last = tl.where(i_s == SEGMENTS - 1, i_first, i_last)")
+
+    def print_axis(self, axis: str) -> None:
+        a = identifier(axis)
+        start = f"i_{a} * B{a} + " if axis in self.kernel.block_sizes else ""
+        primes = {d for d in self.primed if self.axis(d) == axis} | {axis}
+        for dim in sorted(primes):
+            d = identifier(dim)
+            self.write(f"o_{d} = {start if dim == axis else ''}tl.arange(0, B{a})")
+            if self.masked(axis):
+                self.write(f"m_{d} = o_{d} < {a}")
+
+    @property
+    def primed(self) -> set[str]:
+        return {d for block in self.blocks.values() for d in block.dims if d.endswith("'")}
+
+    def print_sequence(self) -> None:
+        if not self.plan.varlen:
+            self.write("n_c = tl.cdiv(T, C)")
+            self.write("bos = i_n.to(tl.int64) * T")
+            return
+        self.write("bos = tl.load(cu_seqlens + i_n).to(tl.int64)")
+        self.write("T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)")
+        self.write("n_c = tl.cdiv(T, C)")
+
+    def print_rows(self) -> None:
+        self.write("i_t = bos + i_c * C")
+        self.write("m_t = i_c * C + o_t < T")
+
+    def print_parallel(self) -> list[str]:
+        """All loads first: without a loop nothing else brings them in flight together."""
+        self.print_rows()
+        for node in self.nodes:
+            if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
+                self.emit(node)
+        stores = list(self.kernel.stores)
+        if self.kernel.inner:
+            stores = self.print_tiles(stores)
+        for store in stores:
+            self.store(store.node, store.value)
+        return self.lines
+
+    def print_tiles(self, stores: Sequence[Store]) -> list[Store]:
+        """The loop over the inner axis: stores of tiles inside it, sums of parts kept; the stores that remain."""
+        kind = self.inner_split
+        users = [n for n in self.nodes if kind(n) in ("tile", "part")]
+        for node in self.nodes:
+            if kind(node) == "whole" and any(node in u.args for u in users if u not in self.cut):
+                if not self.in_level(node):
+                    self.emit(node)
+        needed = {a for n in self.nodes if kind(n) == "late" and n not in self.cut for a in n.args}
+        needed |= {s.node for s in stores}
+        totals: dict[Node, Block] = {}
+        for node in self.nodes:
+            if kind(node) == "part" and node in needed:
+                dims = self.dims_of(node)
+                totals[node] = self.assign("sum", f"tl.zeros({self.shape(dims)}, tl.float32)", dims)
+        outside, casts = dict(self.blocks), dict(self.casts)
+        ((axis, _),) = self.kernel.inner
+        a = identifier(axis)
+        self.write(f"for i_{a} in range(0, tl.cdiv({a}, B{a})):")
+        self.depth += 1
+        self.print_axis(axis)
+        for node in self.nodes:
+            if self.is_load(node) and kind(node) == "tile":
+                self.emit(node)
+        for node, total in totals.items():
+            self.write(f"{total.text} += {self.broadcast(self.emit(node), total.dims)}")
+        for store in stores:
+            if kind(store.node) == "tile":
+                self.store(store.node, store.value)
+        self.depth -= 1
+        self.blocks.clear()
+        self.blocks.update(outside | {id(n): t for n, t in totals.items()})
+        self.casts = casts
+        return [s for s in stores if kind(s.node) != "tile"]
+
+    def print_step(self) -> list[str]:
+        for carry in self.kernel.carries:
+            self.print_start(carry, f"b_{identifier(carry.leaf.name)}")
+        for store in self.kernel.stores:
+            self.store(store.node, store.value)
+        for carry in self.kernel.carries:
+            block = self.fp32(self.emit(carry.following))
+            if carry.end is not None:
+                self.print_end(carry.end, self.broadcast(block, carry.axes), carry.axes)
+        return self.lines
+
+    def print_scan(self) -> list[str]:
+        names = [f"b_{identifier(c.leaf.name)}" for c in self.kernel.carries]
+        for carry, name in zip(self.kernel.carries, names, strict=True):
+            self.print_start(carry, name)
+        reverse = self.kernel.order == "reverse"
+        rotated = self.print_first(reverse)
+        chunks = "range(0, n_c)" if self.kernel.segments == 1 else "range(i_first, i_last)"
+        self.write(f"for i_r in {chunks}:" if reverse else f"for i_c in {chunks}:")
+        self.depth += 1
+        if reverse:
+            self.write("i_c = n_c - 1 - i_r")
+        self.print_rows()
+        if any(v.per == "chunk" for v in self.values()):
+            self.write(
+                "i_slot = "
+                + ("bos // C + i_n + i_c" if self.plan.varlen else "i_n.to(tl.int64) * n_c + i_c")
+            )
+        self.print_rotation(rotated, reverse)
+        leaves = [c.leaf for c in self.kernel.carries]
+        for store in sorted(self.kernel.stores, key=lambda s: s.node not in leaves):
+            self.store(store.node, store.value)
+        after = [self.fp32(self.emit(c.following)) for c in self.kernel.carries]
+        for carry, name, block in zip(self.kernel.carries, names, after, strict=True):
+            self.write(f"{name} = {self.broadcast(block, carry.axes)}")
+        self.depth -= 1
+        self.casts.clear()
+        for carry, name in zip(self.kernel.carries, names, strict=True):
+            if carry.end is not None:
+                self.print_end(carry.end, name, carry.axes)
+        return self.lines
+
+    def rotates(self, node: Node) -> bool:
+        """Whether a load should be in flight for a whole iteration: a block that no product takes as it is.
+
+        The compiler copies blocks that products use directly to shared memory ahead of time, and no others.
+        """
+        if not self.is_load(node) or len(node.axes) != 2 or ROW not in node.axes:
+            return False
+        same = {node} | {
+            n for n in self.nodes if n.op == "rename" and n.args[0] is node and n not in self.cut
+        }
+        users = [n for n in self.nodes if n not in self.cut and any(a in same for a in n.args)]
+        return not any(n.op == "dot" and len(n.axes) == 2 for n in users)
+
+    def print_first(self, reverse: bool) -> list[tuple[Node, str]]:
+        """The first chunk's blocks of rotated loads, before the loop."""
+        nodes = [n for n in self.nodes if self.rotates(n)]
+        if not nodes or self.kernel.tuning.num_stages < 2:
+            return []
+        first = "i_first" if self.kernel.segments > 1 else "0"
+        last = "i_last" if self.kernel.segments > 1 else "n_c"
+        self.write(f"i_c = {f'{last} - 1' if reverse else first}")
+        self.print_rows()
+        rotated = []
+        for node in nodes:
+            block = self.blocks.pop(id(node)) if id(node) in self.blocks else self.fetch(node)
+            name = f"{block.text}_next"
+            self.write(f"{name} = {block.text}")
+            rotated.append((node, name))
+        return rotated
+
+    def print_rotation(self, rotated: Sequence[tuple[Node, str]], reverse: bool) -> None:
+        """Takes the blocks loaded an iteration ago and loads the next chunk's."""
+        if not rotated:
+            return
+        self.write(f"i_ahead = i_c {'-' if reverse else '+'} 1")
+        self.write("i_t_ahead = bos + i_ahead * C")
+        self.write("m_t_ahead = (i_ahead >= 0) & (i_ahead * C + o_t < T)")
+        self.at = ("i_t_ahead", "m_t_ahead")
+        for node, name in rotated:
+            own = name.removesuffix("_next")
+            self.write(f"{own} = {name}")
+            block = self.fetch(node)
+            self.write(f"{name} = {block.text}")
+            self.blocks[id(node)] = Block(own, block.dims, block.type)
+        self.at = ("i_t", "m_t")
+
+    def print_start(self, carry: Carry, name: str) -> None:
+        dims = tuple(sorted(carry.axes, key=self.order))
+        for d in dims:
+            self.axes_used[self.axis(d)] = None
+        if carry.start is None:
+            full = f"tl.full({self.shape(dims)}, {carry.fill}, tl.float32)"
+            self.write(f"{name} = {full}" if dims else f"{name} = {carry.fill}")
+        else:
+            argument = identifier(carry.start.name)
+            self.args[argument] = carry.start
+            pointers, mask, _ = self.place(carry.start, argument)
+            self.write(
+                f"{name} = {self.load_text(pointers, mask)}.to(tl.float32)  # {self.shape(dims)}"
+            )
+        if carry.through is not None:
+            self.print_through(carry, name, dims)
+        self.blocks[id(carry.leaf)] = Block(name, dims)
+
+    def print_through(self, carry: Carry, name: str, dims: Sequence[str]) -> None:
+        """The state carried through the segments before this program's."""
+        self.write("for i_before in range(0, i_s):")
+        self.depth += 1
+        texts = []
+        for value in carry.through or ():
+            argument = identifier(value.name)
+            self.args[argument] = value
+            index = "((i_n.to(tl.int64) * SEGMENTS + i_before) * H + i_h)"
+            pointers, mask, own = self.state_block(argument, index, value.axes)
+            loaded = self.assign(argument, self.load_text(pointers, mask), own)
+            texts.append(spread(loaded.text, own, dims))
+        self.write(f"{name} = {name} * {texts[0]} + {texts[1]}")
+        self.depth -= 1
+
+    def print_end(self, value: Value, name: str, axes: Sequence[str]) -> None:
+        argument = identifier(value.name)
+        self.args[argument] = value
+        pointers, mask, dims = self.place(value, argument)
+        masks = [mask] if mask else []
+        masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+        if self.kernel.segments > 1 and value.per == "sequence":
+            masks.append("(i_s == SEGMENTS - 1)")
+        tail = f", mask={' & '.join(masks)}" if masks else ""
+        self.write(f"tl.store({pointers}, {name}{tail})")
