@@ -124,7 +124,8 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> int:
         display.close()
     sample = write_sample(trainer, corpus)
     draw_runs(config, beaten)
-    name = f"{config.model.layer_pattern} {config.model.mixers['L']}"
+    used = [config.model.mixers[letter] for letter in sorted(set(config.model.layer_pattern))]
+    name = " ".join([config.model.layer_pattern, *map(str, used)])
     result = {"bits_per_byte": bits, "baselines": beaten, **vars(trainer.clock)}
     (run / "result.json").write_text(json.dumps(result, indent=1))
     print(f"\n{sample}\n\n{result_table(name, bits, beaten)}")
@@ -153,7 +154,7 @@ def introduction(config: TrainConfig, model: LinearMoEForCausalLM, corpus: Corpu
             f"{facts['held_out_bytes'] / 1e6:.1f} MB held out",
             f"run     {length}, {config.accumulate * config.batch_size} x {config.sequence_length} "
             f"tokens a step, {config.dtype}, compiler {pick_compiler(config.compiler)}",
-            f"        {config.threads} threads, in {config.out}",
+            f"        threads {config.threads}, in {config.out}",
         ]
     )
 
