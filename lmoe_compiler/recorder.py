@@ -1,0 +1,267 @@
+"""A dispatch mode that writes down what a step does, as expressions; each keeps the line of the user's file.
+
+It stands below autograd and functorch, so it sees plain aten operations only. Used by trace.py; what each operation
+means is in operations.py.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from lmoe_compiler.errors import (
+    CapturedTensor,
+    DataDependentControlFlow,
+    InPlaceUpdate,
+    LmoeError,
+    MixedDims,
+    UnsupportedOperation,
+)
+from lmoe_compiler.ir.nodes import Loc, const
+from lmoe_compiler.operations import RULES, Context, Named, NoMeaning
+from lmoe_compiler.symbols import Sizes
+
+aten = torch.ops.aten
+NEEDS_VALUE = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "unique",
+    "_unique2",
+}
+OPERANDS = {"Tensor", "number", "Scalar"}
+INTERNAL_IN_PLACE = {"squeeze_", "detach_"}
+# Torch's own frames between a step and the dispatch of its operation.
+DISPATCH = ("torch/_compile.py", "torch/_dynamo/eval_frame.py")
+DECOMPOSITIONS = get_decompositions(
+    [
+        aten.mse_loss, aten.mse_loss_backward, aten.huber_loss, aten.huber_loss_backward, aten.addmm,
+        aten.addmv, aten.baddbmm, aten.log_sigmoid_backward, aten.silu, aten.silu_backward,
+        aten.gelu, aten.gelu_backward, aten.sigmoid_backward, aten.tanh_backward,
+        aten.threshold_backward, aten.softplus_backward, aten.native_layer_norm_backward,
+        aten._softmax_backward_data, aten._log_softmax_backward_data, aten.addcmul, aten.addcdiv,
+        aten.lerp, aten.elu, aten.leaky_relu, aten.hardtanh, aten.hardsigmoid, aten.std,
+        aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.select_backward, aten.xlogy,
+    ]
+)  # fmt: skip
+
+
+class Recorder(TorchDispatchMode):
+    """Translates every operation on the step's tensors; unknown ones matter only if their result is used."""
+
+    def __init__(self, file: str, sizes: Sizes) -> None:
+        super().__init__()
+        self.file, self.sizes = file, sizes
+        self.values: dict[int, Named | LmoeError] = {}
+        self.alive: list[Any] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if name in NEEDS_VALUE:
+            self._needs_value(name)
+        if func in DECOMPOSITIONS and name not in RULES:
+            with self:
+                return DECOMPOSITIONS[func](*args, **kwargs)
+        if name not in RULES and name != "unbind":
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        if func._schema.is_mutable and name not in INTERNAL_IN_PLACE:
+            if _caller() == self.file:
+                self._in_place(name)
+            return self._mutated(func, args, kwargs)
+        for x in _tensors(args, kwargs):
+            self._refuse_captured(x, name)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self.define(out, self._translate(func, name, args, kwargs, out))
+        elif isinstance(out, (tuple, list)) and any(isinstance(x, Tensor) for x in out):
+            values = self._translate(func, name, args, kwargs, out)
+            for i, x in enumerate(out):
+                if isinstance(x, Tensor):
+                    self.define(x, values if isinstance(values, LmoeError) else values[i])
+        return out
+
+    def _mutated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Torch's own in-place operation on a temporary: the new value takes the old one's place."""
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__.removesuffix("_")
+        value: Any = UnsupportedOperation(
+            f"{func} changes a tensor in place", where=spot(self.here())
+        )
+        if name in RULES and isinstance(out, Tensor):
+            value = self._translate(func, name, args, kwargs, out)
+        for x in _tensors((args[0], out), {}):
+            self.define(x, value)
+        return out
+
+    def define(self, tensor: Tensor, value: Any) -> None:
+        self.values[id(tensor)] = value
+        self.alive.append(tensor)
+
+    def value(self, tensor: Tensor) -> Named:
+        found = self.values.get(id(tensor))
+        if isinstance(found, LmoeError):
+            raise found
+        if found is None:
+            self._captured("a tensor")
+        return found
+
+    def _translate(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+        loc = self.here()
+        try:
+            if name not in RULES and name != "unbind":
+                raise NoMeaning("this operation")
+            first = out if isinstance(out, Tensor) else out[0]
+            ctx = Context(loc, self.sizes.axes(first.shape))
+            args, kwargs = self._operands(func, args, kwargs, loc)
+            if name == "unbind":
+                dim = args[1] if len(args) > 1 else 0
+                return [RULES["select"](ctx, args[0], dim, i) for i in range(len(out))]
+            return RULES[name](ctx, *args, **kwargs)
+        except UnsupportedOperation as error:
+            return error
+        except NoMeaning as error:
+            return UnsupportedOperation(
+                f"torch operation {func} cannot be part of a step: {error}", where=spot(loc),
+                why="a step is made of pointwise functions, products and sums over named axes",
+                try_="S = S + torch.outer(k, v)   # or einsum, @, .T, broadcasting, torch.func.grad, vmap, ...",
+            )  # fmt: skip
+
+    def _operands(
+        self, func: Any, args: Any, kwargs: Any, loc: Loc | None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Tensors and operand numbers as Named; dims, flags and shapes as they are."""
+        schema = func._schema.arguments
+        numbers = {
+            a.name for a in schema if str(a.type).removeprefix("Optional[").strip("]") in OPERANDS
+        }
+
+        def convert(x: Any, name: str) -> Any:
+            if isinstance(x, Tensor):
+                return self.value(x)
+            if name in numbers and x is not None:
+                return Named(self.sizes.number(x, loc))
+            return x
+
+        positional = [convert(x, a.name) for x, a in zip(args, schema, strict=False)]
+        skip = {
+            "dtype",
+            "layout",
+            "device",
+            "pin_memory",
+            "memory_format",
+            "requires_grad",
+            "non_blocking",
+        }
+        return positional, {k: convert(x, k) for k, x in kwargs.items() if k not in skip}
+
+    def here(self) -> Loc | None:
+        """The innermost frame of the user's file."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_filename == self.file:
+                return Loc(
+                    self.file, frame.f_lineno, linecache.getline(self.file, frame.f_lineno).strip()
+                )
+            frame = frame.f_back
+        return None
+
+    def line_of_definition(self, step: Callable[..., Any]) -> str:
+        return f"{self.file}:{step.__code__.co_firstlineno}"
+
+    def line_of_return(self, step: Callable[..., Any]) -> str:
+        """The last line of the step that is a return."""
+        lines = sorted({line for *_, line in step.__code__.co_lines() if line is not None})
+        texts = [(n, linecache.getline(self.file, n).strip()) for n in lines]
+        found = next(((n, t) for n, t in reversed(texts) if "return" in t), texts[-1])
+        return f"{self.file}:{found[0]}\n{found[1]}"
+
+    def _refuse_captured(self, x: Tensor, name: str) -> None:
+        fresh = name in ("lift_fresh", "lift_fresh_copy", "detach")
+        if id(x) in self.values or (fresh and x.dim() == 0):
+            if id(x) not in self.values:
+                with _disable_current_modes():
+                    self.define(x, Named(const(float(x), self.here())))
+            return
+        self._captured(f"a tensor of shape {list(x.shape)}")
+
+    def _captured(self, what: str) -> NoReturn:
+        raise CapturedTensor(
+            f"the step uses {what} that is not one of its arguments", where=spot(self.here()),
+            why="a recurrence is a function of its states, tokens and heads; nothing else may flow in",
+            try_="def step(S: State[K, V], ..., u: Head[K]):   # one value per head, passed at each call",
+        )  # fmt: skip
+
+    def _needs_value(self, name: str) -> NoReturn:
+        raise DataDependentControlFlow(
+            f"the step needs the value of a tensor ({name})",
+            where=spot(self.here()),
+            why="a Python `if`, `while`, float() or .item() would be decided once, for all tokens",
+            try_="S = torch.where(g > 0, S, torch.zeros_like(S))",
+        )
+
+    def _in_place(self, name: str) -> NoReturn:
+        raise InPlaceUpdate(
+            f"the step changes a tensor in place ({name})",
+            where=spot(self.here()),
+            why="a step is a function: it makes new values and returns them",
+            try_="S = S + torch.outer(k, v)   # not S += ..., S.mul_(...) or S[i] = ...",
+        )
+
+    def explain(self, error: Exception) -> NoReturn:
+        """Torch's own error about shapes, in terms of dims and the user's line."""
+        where, frame = "", error.__traceback__
+        while frame is not None:
+            if frame.tb_frame.f_code.co_filename == self.file:
+                text = linecache.getline(self.file, frame.tb_lineno).strip()
+                where = spot(Loc(self.file, frame.tb_lineno, text))
+            frame = frame.tb_next
+        text = self.sizes.spell(str(error).split("\n")[0])
+        if isinstance(error, RuntimeError) and ("size" in text or "shape" in text or "dim" in text):
+            raise MixedDims(
+                text, where=where,
+                why="every dim is a size of its own: K and V never agree, even where they are equal at run time",
+                try_="S.T @ k   # [V, K] @ [K] -> [V]",
+            ) from error  # fmt: skip
+        raise error
+
+
+def _caller() -> str:
+    """The file that called the operation now being dispatched, past torch's own wrappers of the dispatch."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith(DISPATCH):
+        frame = frame.f_back
+    return "" if frame is None else frame.f_code.co_filename
+
+
+def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (tuple, list)):
+            yield from _tensors(x, {})
+
+
+def spot(loc: Loc | None) -> str:
+    return "" if loc is None else f"{loc}\n{loc.text}"
