@@ -29,6 +29,8 @@ LAYERS = (
     ("ir",),
     ("layout",),
     ("operations", "side_effects", "experts"),
+    ("symbols",),
+    ("recorder",),
     ("trace",),
     ("analysis",),
     ("interpreted", "implementation"),
