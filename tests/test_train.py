@@ -149,7 +149,14 @@ def test_a_run_learns_and_leaves_everything(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["train", *flags(text, out, "--steps", "60", "--learning-rate", "0.02")]) == 0
     printed = capsys.readouterr().out
-    for name in ("unigram", "bigram", "trigram", "zlib", "LN gated_delta_rule attention", "a sample"):
+    for name in (
+        "unigram",
+        "bigram",
+        "trigram",
+        "zlib",
+        "LN gated_delta_rule attention",
+        "a sample",
+    ):
         assert name in printed
     for name in ("config.toml", "metrics.jsonl", "curves.png", "sample.txt", "result.json"):
         assert (out / name).stat().st_size > 0, name
