@@ -10,11 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
+from lmoe_compiler.analysis.report import Proved
 from lmoe_compiler.config import Options, environment
 from lmoe_compiler.debug import heading, show
 from lmoe_compiler.errors import ImplementationUnavailable
 from lmoe_compiler.implementation import choose, kernels_or_reason
-from lmoe_compiler.ir.nodes import Bound, Next, Node, Program, topological
+from lmoe_compiler.ir.nodes import Node, Program, topological
 from lmoe_compiler.ir.text import print_program
 from lmoe_compiler.lower.adjoint import adjoint
 from lmoe_compiler.lower.chunk import NoChunkForm, chunk_program
@@ -25,7 +26,7 @@ Stage = tuple[str, str]
 
 def of_program(program: Program) -> list[Stage]:
     """What does not depend on a call: IR, proofs, chunk program and its adjoint."""
-    stages = [("recurrence IR", print_program(program)), ("analysis", proofs(program))]
+    stages = [("recurrence IR", print_program(program)), ("analysis", str(Proved(program)))]
     try:
         chunk = chunk_program(program)
     except NoChunkForm as reason:
@@ -62,23 +63,8 @@ def announce(program: Program) -> None:
             show(sections.get(title, "chunk"), f"{program.name}, {title}", partial(str, text))
 
 
-def proofs(program: Program) -> str:
-    """Kinds of the states, ranges that were declared, and why a state has no better form."""
-    kinds = [f"{name}: {kind}" for name, kind in program.transition.states]
-    reasons = [
-        f"{', '.join(item.states)}: {item.reason}" + (f"  ({item.loc})" if item.loc else "")
-        for item in program.body
-        if isinstance(item, Next) and item.reason
-    ]
-    return "\n".join([program.transition.kind, *kinds, *map(_bound, program.bounds), *reasons])
-
-
 def render(stages: Sequence[Stage]) -> str:
     return "\n\n".join(f"{heading(title)}\n{text.rstrip()}" for title, text in stages)
-
-
-def _bound(bound: Bound) -> str:
-    return f"{bound.name} in [{bound.low:g}, {bound.high:g}]"
 
 
 def _forward(chunk: ChunkProgram) -> str:

@@ -10,15 +10,16 @@ from lmoe_compiler.analysis import interval
 from lmoe_compiler.ir.nodes import Decay, Loc, Next, Program, Step
 from lmoe_compiler.ir.text import print_expression
 
+# What each kind admits; whether a program gets it, its chunk program says (lower/chunk.py).
 FORMS = {
     "identity": "matrix products of one chunk",
     "scalar": "matrix products of one chunk under a decay mask",
     "diagonal": "matrix products of one chunk, decayed by local sums",
     "rank_one": "one unit-triangular solve per chunk",
     "product": "one unit-triangular solve per chunk, a row per micro-step",
-    "coupled": "token by token",
-    "elementwise": "token by token",
-    "nonlinear": "token by token, recomputed from checkpoints in the backward",
+    "coupled": "a step per token",
+    "elementwise": "a step per token",
+    "nonlinear": "a step per token, recomputed from checkpoints in the backward",
 }
 # Below this a decay's running product over a block of 16 tokens leaves fp32's range (reference in the middle).
 SINGLE_REFERENCE = -5.0
@@ -42,14 +43,16 @@ class Proved:
 
     @property
     def form(self) -> str:
-        """How a chunk of tokens is computed."""
+        """How this kind lets tokens be computed."""
         return FORMS[self.kind]
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.program.name}: {self.kind}, {self.form}"
+        yield f"{self.program.name}: {self.kind}, which admits {self.form}"
+        for bound in self.program.bounds:
+            yield f"  declared: {bound.name} in [{bound.low:g}, {bound.high:g}]"
         for state, kind in self.states.items():
             yield f"  {state}: {kind}"
             for item in self.program.body:
