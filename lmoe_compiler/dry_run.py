@@ -151,6 +151,11 @@ def _keys_values(node: fx.Node, ranks: int) -> float:
     return sum(_bytes(x) for x in node.meta["example_value"]) * (ranks - 1) / ranks
 
 
+def _share(node: fx.Node, ranks: int) -> float:
+    """An even all-to-all: all but what stays here."""
+    return _bytes(node.meta["example_value"]) * (ranks - 1) / ranks
+
+
 def _rows(node: fx.Node, ranks: int) -> float:
     """Rows to and from experts, balanced: each of N tokens k times, but for those that stay."""
     x, ids = (a.meta["example_value"] for a in node.args[:2])  # type: ignore[union-attr]
@@ -160,6 +165,8 @@ def _rows(node: fx.Node, ranks: int) -> float:
 _VOLUMES = {
     sequence.halo: ("halo", _result),
     sequence.gather_keys_values: ("keys, values", _keys_values),
+    sequence.tokens_to_heads: ("to heads", _share),
+    sequence.heads_to_tokens: ("from heads", _share),
     dispatch.send: ("experts, both ways", _rows),
 }
 

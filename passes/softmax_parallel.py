@@ -1,9 +1,11 @@
-"""Softmax attention on a sharded sequence: every rank's queries meet everybody's keys and values.
+"""Softmax attention on a sharded sequence, in one of two ways.
 
-    attention(q, k, v, cu_seqlens)  ->  attention(q, gather(k), gather(v), cu_seqlens, offset)
+    keys     attention(q, k, v)  ->  attention(q, gather(k), gather(v), offset)        2 G E (P-1) numbers a token
+    heads    attention(q, k, v)  ->  back(attention(heads(q), heads(k), heads(v)))     (2 H + 2 G) E (P-1)/P
 
-Keys and values travel as one tensor; with grouped heads they are few. Backward: reduce-scatter.
-Needs as many tokens on every rank.
+`keys`: every rank's queries meet everybody's keys, which travel as one tensor and are few under grouped heads; the
+backward is a reduce-scatter. `heads`: two kinds of even all-to-all, whole sequences of H/P heads; where P divides G.
+Both need as many tokens on every rank. Notation: H query heads, G key-value heads, E head size, P ranks.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ from lmoe_compiler.passes.splice import Editor, layer_of, where
 from lmoe_compiler.runtime import sequence
 from lmoe_compiler.runtime.mesh import Axis
 
+WAYS = ("auto", "keys", "heads")
+
 
 @dataclass(frozen=True)
 class SoftmaxParallel:
-    """Gives every `lmoe::attention` the keys and values of all ranks."""
+    """Lets every `lmoe::attention` see all tokens. `way`: "keys", "heads", or "auto", the fewer bytes."""
 
     axis: Axis
     sequence_dim: int = 1
+    way: str = "auto"
     name: str = "softmax_parallel"
     changes_numerics: bool = False
 
@@ -36,25 +41,63 @@ class SoftmaxParallel:
         shard = Shard.of(gm, self.axis, self.sequence_dim)
         for node in shard.tokens.marked:
             if token_axis.operator(node) == "attention":
-                _gather(shard, node)
-                report.add("attentions", f"{layer_of(node)}: keys and values of all ranks")
+                way, why = self._choose(node)
+                (_gather if way == "keys" else _transpose)(shard, node)
+                report.add("attentions", f"{layer_of(node)}: {way}, {why}")
         if report.counts:
             Editor(gm, self.name).finish()
         return report
 
+    def _choose(self, node: fx.Node) -> tuple[str, str]:
+        """The way, and why."""
+        if len(node.args) > 4 and node.args[4] is not None:
+            raise NotShardable(
+                "an attention with offset= in a sequence that is cut over ranks",
+                where=where(node),
+                why="the pass says where the queries stand",
+                try_="torch.ops.lmoe.attention(q, k, v, cu_seqlens)",
+            )
+        q, k, v = (x.meta["example_value"].shape for x in node.args[:3])  # type: ignore[union-attr]
+        ranks = self.axis.size
+        keys = k[2] * (k[3] + v[3]) * (ranks - 1)
+        heads = (q[2] * (q[3] + v[3]) + k[2] * (k[3] + v[3])) * (ranks - 1) / ranks
+        numbers = f"{keys} numbers a token with keys, {heads:.0f} with heads"
+        possible = k[2] % ranks == 0
+        if self.way == "heads" and not possible:
+            raise NotShardable(
+                f"{k[2]} key-value heads on {ranks} ranks",
+                where=where(node),
+                why="by heads, each rank attends with as many of them as the others",
+                try_='the way "keys"',
+            )
+        if self.way != "auto":
+            return self.way, f"asked for; {numbers}"
+        if not possible:
+            return "keys", f"{ranks} ranks do not divide {k[2]} key-value heads; {numbers}"
+        return ("keys" if keys <= heads else "heads"), numbers
 
-def _gather(shard: Shard, node: fx.Node) -> None:
-    q, k, v, documents, offset = (*node.args, None, None)[:5]
-    if offset is not None:
-        raise NotShardable(
-            "an attention with offset= in a sequence that is cut over ranks",
-            where=where(node),
-            why="the pass says where the queries stand",
-            try_="torch.ops.lmoe.attention(q, k, v, cu_seqlens)",
-        )
-    axis = shard.axis
+
+def _editor(shard: Shard, node: fx.Node) -> Editor:
     edit = Editor(shard.gm, "softmax_parallel")
     edit.anchor = node
+    return edit
+
+
+def _gather(shard: Shard, node: fx.Node) -> None:
+    q, k, v, documents = (*node.args, None)[:4]
+    axis, edit = shard.axis, _editor(shard, node)
     both = edit.call(sequence.gather_keys_values, k, v, axis.size, axis.groups["tokens"])
     keys, values = (edit.call(operator.getitem, both, i) for i in (0, 1))
     node.args = (q, keys, values, documents, shard.offset())
+
+
+def _transpose(shard: Shard, node: fx.Node) -> None:
+    *tensors, documents = (*node.args, None)[:4]
+    axis, edit = shard.axis, _editor(shard, node)
+    call = (axis.size, axis.groups["tokens"])
+    whole = [edit.call(sequence.tokens_to_heads, x, *call) for x in tensors]
+    node.args = (*whole, documents)
+    edit.anchor = node.next
+    edit.refresh(node)
+    back = edit.call(sequence.heads_to_tokens, node, *call)
+    node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)

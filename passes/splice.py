@@ -76,12 +76,16 @@ class Editor:
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
         node.meta["lmoe"] = self.made_by
+        self.refresh(node)
+        return node
+
+    def refresh(self, node: fx.Node) -> None:
+        """Compute a node's fake value (again, where its operands have changed)."""
         # Sizes that only the data knows (splits of an all-to-all) are made again by AOTAutograd.
         shapes = self.mode.shape_env if self.mode else None
         fresh = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
         with self.mode or contextlib.nullcontext(), fresh:
             node.meta["example_value"] = run(node)
-        return node
 
     def data(self, name: str, value: Tensor) -> fx.Node:
         """A tensor that differs between ranks, as a buffer: the only way in which a rank enters a

@@ -32,6 +32,8 @@ COLLECTIVES = frozenset(
         sequence.start_counts,
         sequence.halo,
         sequence.gather_keys_values,
+        sequence.tokens_to_heads,
+        sequence.heads_to_tokens,
         sequence.sum_over_tokens,
         sequence.mean_over_tokens,
         sequence.cross_entropy,
@@ -69,9 +71,7 @@ def verify(gm: fx.GraphModule) -> None:
             _needs(node, 3, sequence.halo, "the last tokens of the rank before")
             _document_offsets(node, 2, sequence.shifted_documents)
         elif name == "attention":
-            for position in (1, 2):
-                _needs(node, position, sequence.gather_keys_values, "keys and values of all ranks")
-            _needs(node, 4, sequence.token_offset, "the place of its queries")
+            _attention(node)
         elif name == "experts" or node.target is dispatch.combine:
             _router(node)
 
@@ -110,6 +110,17 @@ def _recurrence(node: fx.Node) -> None:
         _refuse(node, "gives every document the state of the rank before", "it is not placed")
     if not all(_comes_from(s, sequence.last_document, depth=8) for s in states):
         _refuse(node, "passes states over document boundaries", "its span map has no documents")
+
+
+def _attention(node: fx.Node) -> None:
+    """All tokens of some heads, or some queries with everybody's keys."""
+    if all(_comes_from(x, sequence.tokens_to_heads, depth=0) for x in node.args[:3]):
+        if not all(user.target is sequence.heads_to_tokens for user in node.users):
+            _refuse(node, "gives tokens of other ranks", "its heads are not brought back")
+        return
+    for position in (1, 2):
+        _needs(node, position, sequence.gather_keys_values, "keys and values of all ranks")
+    _needs(node, 4, sequence.token_offset, "the place of its queries")
 
 
 def _needs(node: fx.Node, position: int, source: Any, what: str) -> None:

@@ -104,6 +104,20 @@ def gather_keys_values(k: Tensor, v: Tensor, size: int, group: str) -> tuple[Ten
     return keys, values
 
 
+def tokens_to_heads(x: Tensor, size: int, group: str) -> Tensor:
+    """This rank's tokens of all heads -> all ranks' tokens of its share of heads: [B, T, H, E] -> [B, P T, H/P, E]."""
+    by_rank = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    moved = collectives.wait(collectives.start_even_all_to_all(by_rank, size, group))
+    return moved.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def heads_to_tokens(x: Tensor, size: int, group: str) -> Tensor:
+    """The way back: [B, P T, H/P, E] -> [B, T, H, E]."""
+    by_rank = x.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
+    moved = collectives.wait(collectives.start_even_all_to_all(by_rank, size, group))
+    return moved.unflatten(0, (size, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
 def sum_over_tokens(x: Tensor, dims: list[int], keepdim: bool, group: str) -> Tensor:
     """Sum over `dims`, then over ranks; every rank has the result."""
     return collectives.global_sum(x.sum(dim=dims, keepdim=keepdim), group)

@@ -5,7 +5,7 @@ one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from lmoe_compiler.passes.losses import GlobalNumbers
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.token_axis import analyse
+from lmoe_compiler.passes.verifier import verify
 from lmoe_compiler.runtime.mesh import Axis
 
 NAMES = ("loss", "logits", "cross_entropy", "aux_loss", "z_loss", "expert_load")
@@ -30,9 +31,9 @@ CONFIG = ModelConfig(
     hidden_size=16,
     num_layers=2,
     layer_pattern="LN",
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
     linear_heads=2,
     key_dim=4,
     value_dim=4,
@@ -70,23 +71,24 @@ def whole(packed: bool) -> Whole:
     return Whole(captured, (ids, labels), documents, run)
 
 
-def parallelise(gm: fx.GraphModule, axis: Axis) -> None:
+def parallelise(gm: fx.GraphModule, axis: Axis, way: str) -> None:
     for graph_pass in (
         SequenceParallel(axis),
         Halo(axis),
-        SoftmaxParallel(axis),
+        SoftmaxParallel(axis, way=way),
         GlobalNumbers(axis),
     ):
         assert graph_pass(gm).counts
+    verify(gm)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("size", "way"), [(2, "keys"), (2, "heads"), (3, "auto")])
 @pytest.mark.parametrize("packed", [False, True])
-def test_hybrid_model_equals_one_rank(packed: bool, size: int) -> None:
+def test_hybrid_model_equals_one_rank(packed: bool, size: int, way: str) -> None:
     one = whole(packed)
     shards = zip(*(x.split(LENGTH // size, dim=1) for x in one.tokens), strict=True)
     flat = [one.captured.flat_inputs(*shard, one.documents) for shard in shards]
-    runs = on_ranks(one.captured, parallelise, flat, [[ONE]] * size)
+    runs = on_ranks(one.captured, partial(parallelise, way=way), flat, [[ONE]] * size)
     for i, name in enumerate(NAMES):
         for rank, run in enumerate(runs):
             expected = one.run.outputs[i]
