@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from lmoe_compiler.flops import flop_formula
 
 # torch's own grouped matmul wants every row to start on a 16-byte boundary.
 _ALIGNMENT = 16
@@ -163,14 +164,14 @@ for _op in ("lmoe::grouped_mm", "lmoe::grouped_mm_weight"):
         torch.library.register_autocast(_op, _device, torch.bfloat16)
 
 
-@register_flop_formula(torch.ops.lmoe.grouped_mm)
+@flop_formula(torch.ops.lmoe.grouped_mm)
 def _grouped_mm_flops(
     a: Sequence[int], b: Sequence[int], offsets: Sequence[int], **_: object
 ) -> int:
     return 2 * a[0] * math.prod(b[1:])
 
 
-@register_flop_formula(torch.ops.lmoe.grouped_mm_weight)
+@flop_formula(torch.ops.lmoe.grouped_mm_weight)
 def _grouped_mm_weight_flops(
     a: Sequence[int], d: Sequence[int], offsets: Sequence[int], **_: object
 ) -> int:

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from lmoe_compiler import kernels, layout, transforms
 from lmoe_compiler.checks import check
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import UnsupportedTransform
+from lmoe_compiler.flops import flop_formula
 from lmoe_compiler.kernels import parse
 from lmoe_compiler.layout import Tensors
 
@@ -189,7 +189,7 @@ def _register(name: str, operator: Operator) -> None:
         sizes = layout.measure(program, inputs, (), None, step=name == "step")
         return operator.cost * layout.multiply_adds(program, sizes)
 
-    register_flop_formula(getattr(torch.ops.lmoe, name), get_raw=True)(flops)
+    flop_formula(getattr(torch.ops.lmoe, name), get_raw=True)(flops)
 
 
 def _op(name: str) -> Any:

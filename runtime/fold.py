@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from lmoe_compiler.flops import flop_formula
 
 
 def equation(axes: str, map_axes: str) -> tuple[str, str, str]:
@@ -92,7 +93,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor, None, Non
 fold.register_autograd(_backward, setup_context=_setup)
 
 
-@register_flop_formula(torch.ops.lmoe.fold)
+@flop_formula(torch.ops.lmoe.fold)
 def _flops(
     maps: Sequence[int] | None,
     ends: Sequence[int],

@@ -24,7 +24,7 @@ MAPPED = ("models", "passes", "runtime")
 # From the bottom up: a module imports only from rows above its own, and from its own package.
 LAYERS = (
     ("errors",),
-    ("config", "dims"),
+    ("config", "dims", "flops"),
     ("debug",),
     ("ir",),
     ("layout",),
@@ -148,6 +148,21 @@ def test_import_needs_torch_alone():
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert not {"transformers", "matplotlib", "rich", "tokenizers"} & set(ran.stdout.split())
+
+
+COUNTED = """
+import sys, torch, lmoe_compiler.models
+assert "triton" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.ones(1, 8, 2, 4)
+with FlopCounterMode(display=False) as counter:
+    lmoe_compiler.models.RECURRENCES["linear_attention"](q, q, q)
+assert counter.get_total_flops() > 0
+"""
+
+
+def test_import_leaves_triton_alone_and_flops_are_counted_all_the_same():
+    subprocess.run([sys.executable, "-c", COUNTED], check=True)
 
 
 def layer(name: str) -> int:
