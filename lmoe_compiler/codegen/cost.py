@@ -30,7 +30,7 @@ chunk 32, 3 stages, solves     428 us against 395-600 us at chunk 64, and prepar
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
 prepare: 1 warp at chunk 32    the triangular inverse is latency: many small programs hide it
 parallel kernels: 4 warps, tile 64   2 to 4 blocks an SM; 8 warps doubled the time
-segments                       as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
+spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
 fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
 
 
@@ -106,8 +106,9 @@ def _cost(plan: Plan, kernel: Kernel) -> Cost:
     products = [n for n in nodes if n.op == "dot" and n not in cut]
     flops = sum((2 * B * H * chunks * _volume(n, sizes) for n in products), sympy.Integer(0))
     parallel = kernel.order == "parallel"
-    steps = 1 if parallel else chunks / kernel.segments
-    programs = B * H * tiles * (chunks if parallel else kernel.segments)
+    spans = sympy.ceiling(T / kernel.span) if kernel.span else sympy.Integer(1)
+    steps = 1 if parallel else chunks / spans
+    programs = B * H * tiles * (chunks if parallel else spans)
     chain = sympy.sympify(steps) * (_depth(kernel, nodes, cut) + 1)
     return Cost(kernel.name, moved, flops, programs, chain)
 
@@ -161,8 +162,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     steps = _steps(program)
     solves = any(s.feedbacks for s in steps)
     vector = any(d.factor.axes for s in steps for d in s.decays)
-    may_cut = segmented(program, direction) and not call.varlen
-    segments = _segments(call, batch, length) if may_cut else 1
+    span = _span(call, batch, length) if may_cut(program) else 0
     half = call.dtype != "fp32"
     largest = max((size for _, size in call.sizes), default=16)
     chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
@@ -174,7 +174,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     prepare = Tuning(0, 0, _prepare_warps(chunk, vector), 1, inner=32 if vector and half else 0)
     return Choice(
         chunk=chunk,
-        segments=segments,
+        span=span,
         prepare=solves or vector,
         prepare_rows=vector,
         default=Tuning(block=64, num_warps=4, num_stages=stages),
@@ -194,13 +194,14 @@ def _steps(program: Program) -> list[Step]:
     return [item for item in program.body if isinstance(item, Step)]
 
 
-def segmented(program: Program, direction: str) -> bool:
-    """Whether a sequence may be cut into segments: a span's map must be a scalar or a diagonal."""
-    return direction == "forward" and not any(s.feedbacks for s in _steps(program))
+def may_cut(program: Program) -> bool:
+    """Whether a sequence may be cut into spans: the map of one must be a scalar or a diagonal."""
+    return not any(s.feedbacks for s in _steps(program))
 
 
-def _segments(call: Call, batch: int, length: int) -> int:
-    """Segments that just fill the SMs with two blocks each, of at least 1024 tokens."""
+def _span(call: Call, batch: int, length: int) -> int:
+    """Tokens of spans that just fill the SMs with two blocks each, at least 1024."""
     values = dict(call.sizes).get("V", 64)
     programs = batch * call.heads * -(-values // 64)
-    return max(1, min(2 * device().sms // programs, length // 1024))
+    spans = min(2 * device().sms // programs, length // 1024)
+    return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0

@@ -203,4 +203,9 @@ class Expressions(Addresses):
             masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         tail = f", mask={' & '.join(masks)}" if masks else ""
         cast = f"({text}).to({name}.dtype.element_ty)"
+        inside = value.per == "span" and value.span > self.plan.chunk
+        if inside:
+            self.write(f"if i_c % {value.span // self.plan.chunk} == 0:")
+        self.depth += inside
         self.write(f"tl.store({pointers}, {cast}{tail})")
+        self.depth -= inside

@@ -34,15 +34,13 @@ class Extent:
     batch: int
     length: int
     sequences: int
-    chunk: int
     varlen: bool
 
-    @property
-    def slots(self) -> int:
-        """Chunks of all sequences; packed documents leave at most one slot each unused."""
+    def slots(self, tokens: int) -> int:
+        """Parts of so many tokens in all sequences; packed documents leave at most one slot each unused."""
         if self.varlen:
-            return self.length // self.chunk + self.sequences
-        return self.batch * -(-self.length // self.chunk)
+            return self.length // tokens + self.sequences
+        return self.batch * -(-self.length // tokens)
 
 
 def shape_of(value: Value, plan: Plan, extent: Extent) -> tuple[int, ...]:
@@ -55,9 +53,9 @@ def shape_of(value: Value, plan: Plan, extent: Extent) -> tuple[int, ...]:
     if value.per == "vector":
         return (plan.heads, extent.batch * extent.length)
     if value.per == "chunk":
-        return (extent.slots, plan.heads, *axes)
-    if value.per == "segment":
-        return (extent.sequences * plan.choice.segments, plan.heads, *axes)
+        return (extent.slots(plan.chunk), plan.heads, *axes)
+    if value.per == "span":
+        return (extent.slots(value.span), plan.heads, *axes)
     return (extent.sequences, plan.heads, *axes)
 
 
@@ -83,8 +81,8 @@ class Launcher:
     def __call__(
         self, tensors: Mapping[str, Tensor], extent: Extent, cu_seqlens: Tensor | None
     ) -> None:
-        parallel = self.kernel.order == "parallel"
-        programs = extent.slots if parallel else extent.sequences * self.kernel.segments
+        part = self.plan.chunk if self.kernel.order == "parallel" else self.kernel.span
+        programs = extent.slots(part) if part else extent.sequences
         grid = (programs * self.plan.heads * self.tiles,)
         if grid[0] == 0:
             return

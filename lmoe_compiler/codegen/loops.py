@@ -28,7 +28,7 @@ class Loops(Expressions):
         if kernel.order == "step":
             self.write("i_n = i_p // H")
         elif kernel.order != "parallel":
-            self.print_segment()
+            self.print_span()
         elif varlen:
             self.write("i_slot = (i_p // H).to(tl.int64)")
             self.write("i_n = find_sequence(cu_seqlens, N, i_slot, C)")
@@ -46,20 +46,32 @@ class Loops(Expressions):
             if axis not in dict(self.kernel.inner):
                 self.print_axis(axis)
 
-    def print_segment(self) -> None:
+    def print_span(self) -> None:
         """The sequence of this program and its chunks i_first .. i_last."""
-        if self.kernel.segments == 1:
+        span = self.kernel.span
+        if not span:
             self.write("i_n = i_p // H")
             self.print_sequence()
             return
-        self.constants["SEGMENTS"] = self.kernel.segments
-        self.write("i_s = i_p // H % SEGMENTS")
-        self.write("i_n = i_p // H // SEGMENTS")
-        self.print_sequence()
-        self.write("i_first = i_s * tl.cdiv(n_c, SEGMENTS)")
-        self.write("i_last = tl.minimum(i_first + tl.cdiv(n_c, SEGMENTS), n_c)")
+        self.constants["SPAN"] = span
+        if self.plan.varlen:
+            self.write("i_n = find_sequence(cu_seqlens, N, i_p // H, SPAN)")
+            self.print_sequence()
+            self.write("i_s = (i_p // H - bos // SPAN - i_n).to(tl.int32)")
+        else:
+            self.write("i_s = i_p // H % tl.cdiv(T, SPAN)")
+            self.write("i_n = i_p // H // tl.cdiv(T, SPAN)")
+            self.print_sequence()
+        self.write("n_s = tl.maximum(tl.cdiv(T, SPAN), 1)")
+        self.write("i_first = i_s * (SPAN // C)")
+        self.write("i_last = tl.minimum(i_first + SPAN // C, n_c)")
         if self.kernel.skip_last:
-            self.write("i_last = tl.where(i_s == SEGMENTS - 1, i_first, i_last)")
+            self.write(f"i_last = tl.where({self.scanned_last}, i_first, i_last)")
+
+    @property
+    def scanned_last(self) -> str:
+        """Whether no other span of the sequence starts from what this one ends with."""
+        return "i_s == 0" if self.kernel.order == "reverse" else "i_s == n_s - 1"
 
     def print_axis(self, axis: str) -> None:
         a = identifier(axis)
@@ -153,11 +165,11 @@ class Loops(Expressions):
             self.print_start(carry, name)
         reverse = self.kernel.order == "reverse"
         rotated = self.print_first(reverse)
-        chunks = "range(0, n_c)" if self.kernel.segments == 1 else "range(i_first, i_last)"
-        self.write(f"for i_r in {chunks}:" if reverse else f"for i_c in {chunks}:")
+        first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
+        self.write(f"for {'i_r' if reverse else 'i_c'} in range({first}, {last}):")
         self.depth += 1
         if reverse:
-            self.write("i_c = n_c - 1 - i_r")
+            self.write(f"i_c = {last} - 1 - i_r" + (" + i_first" if self.kernel.span else ""))
         self.print_rows()
         if any(v.per == "chunk" for v in self.values()):
             self.write(
@@ -196,8 +208,7 @@ class Loops(Expressions):
         nodes = [n for n in self.nodes if self.rotates(n)]
         if not nodes or self.kernel.tuning.num_stages < 2:
             return []
-        first = "i_first" if self.kernel.segments > 1 else "0"
-        last = "i_last" if self.kernel.segments > 1 else "n_c"
+        first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
         self.write(f"i_c = {f'{last} - 1' if reverse else first}")
         self.print_rows()
         rotated = []
@@ -243,19 +254,25 @@ class Loops(Expressions):
         self.blocks[id(carry.leaf)] = Block(name, dims)
 
     def print_through(self, carry: Carry, name: str, dims: Sequence[str]) -> None:
-        """The state carried through the segments before this program's."""
-        self.write("for i_before in range(0, i_s):")
-        self.depth += 1
+        """The state carried through the spans that are scanned before this program's."""
+        if self.kernel.order == "reverse":
+            self.write("for i_r in range(i_s + 1, n_s):")
+            self.depth += 1
+            self.write("i_before = n_s + i_s - i_r")
+        else:
+            self.write("for i_before in range(0, i_s):")
+            self.depth += 1
+        self.at_span = "i_before"
         texts = []
         for value in carry.through or ():
             argument = identifier(value.name)
             self.args[argument] = value
-            index = "((i_n.to(tl.int64) * SEGMENTS + i_before) * H + i_h)"
-            pointers, mask, own = self.state_block(argument, index, value.axes)
+            pointers, mask, own = self.place(value, argument)
             loaded = self.assign(argument, self.load_text(pointers, mask), own)
             texts.append(spread(loaded.text, own, dims))
         self.write(f"{name} = {name} * {texts[0]} + {texts[1]}")
         self.depth -= 1
+        self.at_span = "i_s"
 
     def print_end(self, value: Value, name: str, axes: Sequence[str]) -> None:
         argument = identifier(value.name)
@@ -263,7 +280,7 @@ class Loops(Expressions):
         pointers, mask, dims = self.place(value, argument)
         masks = [mask] if mask else []
         masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
-        if self.kernel.segments > 1 and value.per == "sequence":
-            masks.append("(i_s == SEGMENTS - 1)")
+        if self.kernel.span and value.per == "sequence":
+            masks.append(f"({self.scanned_last})")
         tail = f", mask={' & '.join(masks)}" if masks else ""
         self.write(f"tl.store({pointers}, {name}{tail})")

@@ -34,7 +34,7 @@ class Choice:
     """What the cost model decides for one call.
 
     chunk      rows of one chunk
-    segments   parts that each sequence is cut into, scanned side by side (1: none)
+    span       tokens of the parts that each sequence is cut into, scanned side by side (0: not cut); a power of two
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
     fused      backward only: gradients inside the reverse scan (True) or in a kernel parallel over chunks
@@ -42,7 +42,7 @@ class Choice:
     """
 
     chunk: int = 64
-    segments: int = 1
+    span: int = 0
     prepare: bool = False
     prepare_rows: bool = False
     fused: bool = False
@@ -61,7 +61,7 @@ class Value:
     per vector    [H, B * T], one number per token, contiguous along the tokens of a head
     per chunk     [slots, H, *axes], a slot per chunk of each sequence
     per sequence  [N, H, *axes]
-    per segment   [N * segments, H, *axes]
+    per span      [slots, H, *axes], a slot per `span` tokens of each sequence
     per head      [H, *axes], read only
 
     With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it.
@@ -69,17 +69,18 @@ class Value:
 
     name: str
     axes: tuple[str, ...]
-    per: Literal["row", "vector", "chunk", "sequence", "segment", "head"]
+    per: Literal["row", "vector", "chunk", "sequence", "span", "head"]
     dtype: Literal["dot", "fp32", "given"] = "dot"
     parts: int = 0
+    span: int = 0
 
 
 @dataclass(frozen=True)
 class Carry:
     """A value carried from chunk to chunk: `leaf` inside the body, `following` after it.
 
-    It starts as `start`, or `fill` everywhere. In a segmented scan the start of segment i is then carried through
-    the segments before it: x <- factor_j x + sum_j, the values in `through`.
+    It starts as `start`, or `fill` everywhere. Where spans are scanned side by side, a span's start is then carried
+    through those scanned before it: x <- factor_j x + sum_j, the values in `through`.
     """
 
     leaf: Node
@@ -107,8 +108,8 @@ class Store:
 class Kernel:
     """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk, `step` one token.
 
-    segments    programs that share one sequence, each scanning its part of the chunks
-    skip_last   the last segment's result is not needed
+    span        tokens of the part of a sequence that one program scans (0: all of it)
+    skip_last   the result of the part that is scanned last is not needed
     tiles       axis tiled over programs -> tile size
     inner       axis that each program walks in tiles -> tile size; every other axis is whole in a program
     """
@@ -120,7 +121,7 @@ class Kernel:
     stores: tuple[Store, ...]
     tiles: tuple[tuple[str, int], ...]
     tuning: Tuning
-    segments: int = 1
+    span: int = 0
     inner: tuple[tuple[str, int], ...] = ()
     skip_last: bool = False
 
@@ -156,6 +157,17 @@ class Plan:
     @property
     def size_of(self) -> dict[str, int]:
         return dict(self.sizes)
+
+
+KEPT_SPAN = 1024
+"""Tokens between the states that a forward keeps, so that its backward starts from all of them at once."""
+
+
+def kept_states(program: Program) -> tuple[Value, ...]:
+    """What the forward stores of each state for the backward: its value at the start of every span."""
+    return tuple(
+        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN) for var in program.states
+    )
 
 
 def padded(size: int) -> int:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmoe_compiler import layout
 from lmoe_compiler.codegen.cost import choose
 from lmoe_compiler.codegen.describe import header
 from lmoe_compiler.codegen.launch import Executable, Extent, interpreting
 from lmoe_compiler.codegen.partition import Call, backward_plan, forward_plan, step_plan
-from lmoe_compiler.codegen.plan import Choice
+from lmoe_compiler.codegen.plan import KEPT_SPAN, Choice, kept_states
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.lower.adjoint import adjoint
@@ -53,13 +54,34 @@ def scan(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Output, final states, and nothing saved: the backward recomputes chunk states."""
+    """Output, final states, and the states that the backward starts from."""
     executable, extent = _compiled("forward", program, inputs, states, cu_seqlens, (), options)
     tensors = _arguments(program, inputs, states)
     dtype = inputs[_first_token(program)].dtype
     results = executable(tensors, {"o": _computed(dtype)}, extent, cu_seqlens)
     finals = [results[f"{var.name}_end"] for var in program.states]
-    return results["o"].to(dtype), finals, []
+    return results["o"].to(dtype), finals, [results[v.name] for v in kept_states(program)]
+
+
+def saved(
+    program: Program,
+    inputs: Tensors,
+    states: Tensors | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+) -> list[Tensor]:
+    """Empty tensors like those that `scan` keeps; sizes may be symbolic."""
+    first = inputs[_first_token(program)]
+    heads = layout.measure(program, inputs, (), None).heads
+    batch, length = first.shape[:2]
+    sizes, kept = _sizes(program, inputs), kept_states(program)
+    extent = Extent(batch, length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens is not None)
+    return [
+        first.new_empty(
+            extent.slots(value.span), heads, *(sizes[a] for a in value.axes), dtype=torch.float32
+        )
+        for value in kept
+    ]
 
 
 def scan_backward(
@@ -76,6 +98,7 @@ def scan_backward(
     given = tuple(d is not None for d in d_states)
     executable, extent = _compiled("backward", program, inputs, states, cu_seqlens, given, options)
     tensors = _arguments(program, inputs, states) | {"do": _ready(d_output)}
+    tensors |= {v.name: x for v, x in zip(kept_states(program), saved, strict=True)}
     for var, d in zip(program.states, d_states, strict=True):
         if d is not None:
             tensors[f"d{var.name}_end"] = d.float().contiguous()
@@ -190,9 +213,7 @@ def _compiled(
         )
         _kept.append(program)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return executable, Extent(
-        batch, length, sequences, executable.plan.chunk, cu_seqlens is not None
-    )
+    return executable, Extent(batch, length, sequences, cu_seqlens is not None)
 
 
 def _build(
@@ -231,7 +252,7 @@ def _build(
 
 
 def _with_chunk(choice: Choice, size: int) -> Choice:
-    return replace(choice, chunk=max(16, 1 << (size - 1).bit_length()))
+    return replace(choice, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
 
 
 _chunks: dict[int, tuple[Program, ChunkProgram]] = {}
