@@ -44,6 +44,7 @@ PLANS = {
     "inner": replace(
         PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))
     ),
+    "products": replace(PREPARED, products=True, kernels=(("products", Tuning(block=16)),)),
     "fused": replace(PREPARED, fused=True),
 }
 

@@ -109,11 +109,11 @@ def between(total, C: tl.constexpr):
 @triton.jit
 def first_near(g, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
     """log2 of the largest blocks (of C, 16 or 1 rows) in which all log decays sum to at most LIMIT."""
-    size = tl.abs(g)
-    start = tl.where(tl.max(tl.sum(size, 0), 0) <= LIMIT, LEVELS, 0)
+    start = tl.where(tl.max(tl.sum(tl.abs(g), 0), 0) <= LIMIT, LEVELS, 0)
     if C > 16:
-        blocks = tl.sum(tl.reshape(size, [C // 16, 16, g.shape[1]]), 1)
-        start = tl.where((start == 0) & (tl.max(tl.max(blocks, 1), 0) <= LIMIT), 4, start)
+        if start == 0:
+            blocks = tl.sum(tl.reshape(tl.abs(g), [C // 16, 16, g.shape[1]]), 1)
+            start = tl.where(tl.max(tl.max(blocks, 1), 0) <= LIMIT, 4, 0)
     return start
 
 
@@ -153,8 +153,21 @@ def level_sums(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[C, D]: log decay between each row and the middle of its block."""
-    return weighted_sums(level_weight(level, start, EXCLUSIVE, COLS, C), g, SPLIT, PRECISION)
+    """[C, D]: log decay between each row and the middle of its block.
+
+    Where one near level covers the chunk, differences of running sums are exact enough: those are at most LIMIT.
+    """
+    if C >> start == 1:
+        first = tl.arange(0, C)[:, None] < C // 2
+        sums = tl.cumsum(g, 0) - tl.sum(tl.where(first, g, 0.0), 0)[None, :]
+        if EXCLUSIVE:
+            sums -= g
+        if COLS:
+            sums = -sums
+    else:
+        weight = level_weight(level, start, EXCLUSIVE, COLS, C)
+        sums = weighted_sums(weight, g, SPLIT, PRECISION)
+    return sums
 
 
 @triton.jit
@@ -169,9 +182,18 @@ def level_gather(
     PRECISION: tl.constexpr,
 ):
     """The transpose of level_sums."""
-    return weighted_sums(
-        tl.trans(level_weight(level, start, EXCLUSIVE, COLS, C)), x, SPLIT, PRECISION
-    )
+    if C >> start == 1:
+        first = tl.arange(0, C)[:, None] < C // 2
+        total = tl.sum(x, 0)[None, :]
+        sums = tl.where(first, 0.0, total) - tl.cumsum(x, 0)
+        if not EXCLUSIVE:
+            sums += x
+        if COLS:
+            sums = -sums
+    else:
+        weight = tl.trans(level_weight(level, start, EXCLUSIVE, COLS, C))
+        sums = weighted_sums(weight, x, SPLIT, PRECISION)
+    return sums
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Cuts a tile graph into kernels by what each node depends on: the carried state, the carried adjoint, both or neither.
 
 Forward:   [prepare]  ->  scan                       the state stays in registers, o is written
-Backward:  [prepare]  ->  states  ->  adjoint  ->  gradients
+Backward:  [prepare]  ->  states  ->  adjoint  ->  [products]  ->  gradients
   states     walks forward, carries S; stores S at each chunk's entry and the solves' results that depend on S
   adjoint    walks backward, carries d.S; stores d.S at each chunk's exit and the solves' results that depend on it
+  products   if chosen: contractions with the stored states, so that the next kernel reads no state
   gradients  parallel over chunks: both carried values are loads, so nothing is ordered and all axes are whole
 With `choice.fused` the last two are one reverse scan. `prepare` (parallel over chunks) stores the [C, C] factors
 that depend on no state: inverses of triangular systems and decayed products.
@@ -144,7 +145,8 @@ class Partition:
             skip_last,
         )
         self.kernels.append(kernel)
-        self.stored.update({s.node: s.value for s in stores})
+        # Parts are added up before the next kernel runs.
+        self.stored.update({s.node: replace(s.value, parts=0) for s in stores})
 
     def tiles(
         self,
@@ -408,8 +410,37 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         [*exits, *_results(results, "dy"), *early],
         part.span(backward),
     )
-    part.add("gradients", "parallel", (), [s for s in outputs if s not in early])
+    late = [s for s in outputs if s not in early]
+    if choice.products:
+        stores = _products_with_states([s.node for s in late], part.stored, program)
+        part.add("products", "parallel", (), stores)
+    part.add("gradients", "parallel", (), late)
     return part.plan("backward")
+
+
+def _products_with_states(
+    roots: Sequence[Node], stored: Mapping[Node, Value], program: Program
+) -> list[Store]:
+    """What `roots` read of whole stored states: contractions with one, or of two."""
+    whole = {frozenset(var.axes) for var in program.states if len(var.axes) > 1}
+    nodes = closure(roots, stored)
+    states = {n for n in nodes if ROW not in n.axes and frozenset(n.axes) in whole}
+    users: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for a in node.args if node not in stored else ():
+            users.setdefault(a, []).append(node)
+    found: dict[Node, None] = {}
+    for node in nodes:
+        if node not in stored and node not in states and states & set(node.args):
+            while len(users.get(node, ())) == 1 and users[node][0].op == "sum":
+                (node,) = users[node]
+            found[node] = None
+    return [
+        Store(n, Value(f"product_{i}", tuple(a for a in n.axes if a != ROW), "row"))
+        if ROW in n.axes
+        else Store(n, Value(f"product_{i}", n.axes, "chunk", "fp32"))
+        for i, n in enumerate(found)
+    ]
 
 
 def _fits_scan(
