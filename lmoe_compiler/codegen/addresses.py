@@ -75,7 +75,7 @@ class Addresses:
         self.splits += [
             (axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner
         ]
-        self.in_loop = False
+        self.in_loop, self.level = False, ""
         self.at, self.at_span = ("i_t", "m_t"), "i_s"
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.expressions import Expressions
+from lmoe_compiler.codegen.partition import closure
 from lmoe_compiler.codegen.plan import Carry, Store, Value
 from lmoe_compiler.codegen.statements import (
     Block,
@@ -101,10 +102,18 @@ class Loops(Expressions):
         self.write("m_t = i_c * C + o_t < T")
 
     def print_parallel(self) -> list[str]:
-        """All loads first: without a loop nothing else brings them in flight together."""
+        """All loads first: without a loop nothing else brings them in flight together.
+
+        Sums over levels fill the registers: what they do not read is loaded after them.
+        """
         self.print_rows()
-        for node in self.nodes:
+        sums = [n for n in self.nodes if n.op == "level_sum" and n not in self.cut]
+        early = closure(sums, self.cut) if sums else self.nodes
+        for node in early:
             if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
+                self.emit(node)
+        for node in sums:
+            if self.inner_split(node) != "tile" and not self.kernel.inner:
                 self.emit(node)
         stores = list(self.kernel.stores)
         if self.kernel.inner:

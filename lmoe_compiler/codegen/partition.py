@@ -4,7 +4,7 @@ Forward:   [prepare]  ->  scan                       the state stays in register
 Backward:  [prepare]  ->  states  ->  adjoint  ->  [products]  ->  gradients
   states     walks forward, carries S; stores S at each chunk's entry and the solves' results that depend on S
   adjoint    walks backward, carries d.S; stores d.S at each chunk's exit and the solves' results that depend on it
-  products   if chosen: contractions with the stored states, so that the next kernel reads no state
+  products   if chosen: all contractions over the values' axis, so that the next kernel has keys and pairs only
   gradients  parallel over chunks: both carried values are loads, so nothing is ordered and all axes are whole
 With `choice.fused` the last two are one reverse scan. `prepare` (parallel over chunks) stores the [C, C] factors
 that depend on no state: inverses of triangular systems and decayed products.
@@ -412,35 +412,37 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     )
     late = [s for s in outputs if s not in early]
     if choice.products:
-        stores = _products_with_states([s.node for s in late], part.stored, program)
+        stores = _contracted_values([s.node for s in late], part.stored, program)
         part.add("products", "parallel", (), stores)
     part.add("gradients", "parallel", (), late)
     return part.plan("backward")
 
 
-def _products_with_states(
+def _contracted_values(
     roots: Sequence[Node], stored: Mapping[Node, Value], program: Program
 ) -> list[Store]:
-    """What `roots` read of whole stored states: contractions with one, or of two."""
-    whole = {frozenset(var.axes) for var in program.states if len(var.axes) > 1}
+    """What `roots` need of values and of stored states, all of it contracted over the values' axis."""
+    values = set(_values(program))
     nodes = closure(roots, stored)
-    states = {n for n in nodes if ROW not in n.axes and frozenset(n.axes) in whole}
     users: dict[Node, list[Node]] = {}
     for node in nodes:
         for a in node.args if node not in stored else ():
             users.setdefault(a, []).append(node)
     found: dict[Node, None] = {}
     for node in nodes:
-        if node not in stored and node not in states and states & set(node.args):
-            while len(users.get(node, ())) == 1 and users[node][0].op == "sum":
-                (node,) = users[node]
-            found[node] = None
-    return [
-        Store(n, Value(f"product_{i}", tuple(a for a in n.axes if a != ROW), "row"))
-        if ROW in n.axes
-        else Store(n, Value(f"product_{i}", n.axes, "chunk", "fp32"))
-        for i, n in enumerate(found)
-    ]
+        if node in stored or values & set(node.axes) or not any(values & set(a.axes) for a in node.args):
+            continue
+        while len(users.get(node, ())) == 1 and users[node][0].op == "sum" and ROW not in node.axes:
+            (node,) = users[node]
+        found[node] = None
+    return [Store(n, _contracted(n, f"product_{i}")) for i, n in enumerate(found)]
+
+
+def _contracted(node: Node, name: str) -> Value:
+    axes = tuple(a for a in node.axes if a != ROW)
+    if ROW in node.axes:
+        return Value(name, axes, "row", "dot" if axes else "fp32")
+    return Value(name, axes, "chunk", "fp32")
 
 
 def _fits_scan(

@@ -37,7 +37,7 @@ class Choice:
     span       tokens of the parts that each sequence is cut into, scanned side by side (0: not cut); a power of two
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
-    products   backward only: contractions with stored states in a kernel of their own
+    products   backward only: contractions over the values' axis in a kernel of their own
     fused      backward only: gradients inside the reverse scan (True) or in a kernel parallel over chunks
     kernels    tuning by kernel name; `default` for the others
     """

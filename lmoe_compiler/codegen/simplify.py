@@ -83,7 +83,7 @@ def merge_running(build: Maker, root: Node) -> Node:
     """A sum of running sums over rows as one running sum."""
     terms = _terms(root, 1)
     running = [(sign, x) for sign, x in terms if x.op == "prefix" and x["inclusive"]]
-    totals = [(sign, x) for sign, x in terms if x.op == "sum" and x["axis"] == ROW and x.axes == ()]
+    totals = [(sign, x) for sign, x in terms if x.op == "sum" and x["axis"] == ROW]
     if len(running) < 2:
         return root
     rest = [(sign, x) for sign, x in terms if (sign, x) not in running and (sign, x) not in totals]

@@ -105,9 +105,7 @@ def to_tiles(
             new = build.make("floor", new, like=node)
         done[node] = new
     results = [_stored(done[root]) for root in roots]
-    return (
-        results if exact else [merge_running(build, x) if x.axes == (ROW,) else x for x in results]
-    )
+    return results if exact else [merge_running(build, x) for x in results]
 
 
 def _shorter(build: Builder, node: Node, args: list[Node]) -> Node | None:
