@@ -162,32 +162,47 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     steps = _steps(program)
     solves = any(s.feedbacks for s in steps)
     vector = any(d.factor.axes for s in steps for d in s.decays)
-    span = _span(call, batch, length) if may_cut(program) else 0
-    half = call.dtype != "fp32"
+    if call.dtype == "fp32":
+        return _full_precision(solves, vector)
     largest = max((size for _, size in call.sizes), default=16)
-    chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
-    stages = (3 if chunk == 32 else 2) if half else 1
-    # Tiles of keys over programs; the delta rules' many [C, C] products are shared by a loop over keys instead.
-    parallel = Tuning(block=32, num_warps=4, num_stages=1)
-    if solves and half and not vector:
-        parallel = Tuning(block=0, num_warps=4, num_stages=1, inner=64)
-    prepare = Tuning(0, 0, _prepare_warps(chunk, vector), 1, inner=32 if vector and half else 0)
+    chunk = 32 if solves or vector or largest > 128 else 64
+    stages = 3 if chunk == 32 else 2
+    tile = 32 if solves and _programs(call, batch, 64) < device().sms else 64
     return Choice(
         chunk=chunk,
-        span=span,
+        span=_span(call, batch, length) if may_cut(program) else 0,
         prepare=solves or vector,
         prepare_rows=vector,
-        default=Tuning(block=64, num_warps=4, num_stages=stages),
+        products=solves,
+        default=Tuning(block=tile, num_warps=4, num_stages=stages),
         kernels=(
-            ("prepare", prepare),
-            ("states", Tuning(64, 0 if solves else 64, 4, 3 if half else 1)),
-            ("gradients", parallel),
+            ("prepare", Tuning(0, 0, 2, 1, inner=32) if vector else Tuning(0, 0, 1, 1)),
+            ("states", Tuning(64, 0, 4, 3 if solves or vector else 2)),
+            ("products", Tuning(0, 0, 4, 1)),
+            ("gradients", _gradients(solves, vector)),
         ),
     )
 
 
-def _prepare_warps(chunk: int, vector: bool) -> int:
-    return 4 if chunk >= 64 or vector else 1
+def _gradients(solves: bool, vector: bool) -> Tuning:
+    """Tiles of keys: over programs where levels fill the registers, else in a loop that shares the [C, C] products."""
+    if vector:
+        return Tuning(32, 0, 2, 1)
+    return Tuning(0, 0, 1, 1, inner=32) if solves else Tuning(0, 0, 4, 2, inner=64)
+
+
+def _full_precision(solves: bool, vector: bool) -> Choice:
+    return Choice(
+        chunk=16,
+        prepare=solves or vector,
+        prepare_rows=vector,
+        default=Tuning(block=64, num_warps=4, num_stages=1),
+        kernels=(
+            ("prepare", Tuning(0, 0, 4 if vector else 1, 1)),
+            ("states", Tuning(64, 0 if solves else 64, 4, 1)),
+            ("gradients", Tuning(32, 0, 4, 1)),
+        ),
+    )
 
 
 def _steps(program: Program) -> list[Step]:
@@ -199,9 +214,12 @@ def may_cut(program: Program) -> bool:
     return not any(s.feedbacks for s in _steps(program))
 
 
+def _programs(call: Call, batch: int, tile: int) -> int:
+    """Programs of a scan that is not cut, with tiles of so many values."""
+    return batch * call.heads * -(-dict(call.sizes).get("V", tile) // tile)
+
+
 def _span(call: Call, batch: int, length: int) -> int:
     """Tokens of spans that just fill the SMs with two blocks each, at least 1024."""
-    values = dict(call.sizes).get("V", 64)
-    programs = batch * call.heads * -(-values // 64)
-    spans = min(2 * device().sms // programs, length // 1024)
+    spans = min(2 * device().sms // _programs(call, batch, 64), length // 1024)
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0

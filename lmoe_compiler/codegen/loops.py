@@ -180,11 +180,8 @@ class Loops(Expressions):
         if reverse:
             self.write(f"i_c = {last} - 1 - i_r" + (" + i_first" if self.kernel.span else ""))
         self.print_rows()
-        if any(v.per == "chunk" for v in self.values()):
-            self.write(
-                "i_slot = "
-                + ("bos // C + i_n + i_c" if self.plan.varlen else "i_n.to(tl.int64) * n_c + i_c")
-            )
+        if self.slots_used:
+            self.print_slot("i_slot", "i_c")
         self.print_rotation(rotated, reverse)
         leaves = [c.leaf for c in self.kernel.carries]
         for store in sorted(self.kernel.stores, key=lambda s: s.node not in leaves):
@@ -204,7 +201,12 @@ class Loops(Expressions):
 
         The compiler copies blocks that products use directly to shared memory ahead of time, and no others.
         """
-        if not self.is_load(node) or len(node.axes) != 2 or ROW not in node.axes:
+        if not self.is_load(node):
+            return False
+        value = self.cut.get(node)
+        if value is not None and value.per == "chunk":
+            return not self.is_state(node)
+        if ROW not in node.axes or len(node.axes) > 2:
             return False
         same = {node} | {
             n for n in self.nodes if n.op == "rename" and n.args[0] is node and n not in self.cut
@@ -220,12 +222,17 @@ class Loops(Expressions):
         first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
         self.write(f"i_c = {f'{last} - 1' if reverse else first}")
         self.print_rows()
+        if self.slots_used:
+            self.write(f"i_c = {self.inside('i_c')}")
+            self.print_slot("i_slot", "i_c")
         rotated = []
         for node in nodes:
+            self.guard = "" if ROW in node.axes else "(n_c > 0)"
             block = self.blocks.pop(id(node)) if id(node) in self.blocks else self.fetch(node)
             name = f"{block.text}_next"
             self.write(f"{name} = {block.text}")
             rotated.append((node, name))
+        self.guard = ""
         return rotated
 
     def print_rotation(self, rotated: Sequence[tuple[Node, str]], reverse: bool) -> None:
@@ -235,14 +242,28 @@ class Loops(Expressions):
         self.write(f"i_ahead = i_c {'-' if reverse else '+'} 1")
         self.write("i_t_ahead = bos + i_ahead * C")
         self.write("m_t_ahead = (i_ahead >= 0) & (i_ahead * C + o_t < T)")
-        self.at = ("i_t_ahead", "m_t_ahead")
+        if self.slots_used:
+            self.print_slot("i_slot_ahead", self.inside("i_ahead"))
+        self.at, self.slot = ("i_t_ahead", "m_t_ahead"), "i_slot_ahead"
         for node, name in rotated:
             own = name.removesuffix("_next")
             self.write(f"{own} = {name}")
             block = self.fetch(node)
             self.write(f"{name} = {block.text}")
             self.blocks[id(node)] = Block(own, block.dims, block.type)
-        self.at = ("i_t", "m_t")
+        self.at, self.slot = ("i_t", "m_t"), "i_slot"
+
+    @property
+    def slots_used(self) -> bool:
+        return any(v.per == "chunk" for v in self.values())
+
+    def inside(self, chunk: str) -> str:
+        """A chunk of this sequence, also where `chunk` lies before its first or after its last."""
+        return f"tl.maximum(tl.minimum({chunk}, n_c - 1), 0)"
+
+    def print_slot(self, name: str, chunk: str) -> None:
+        first = "bos // C + i_n" if self.plan.varlen else "i_n.to(tl.int64) * n_c"
+        self.write(f"{name} = {first} + {chunk}")
 
     def print_start(self, carry: Carry, name: str) -> None:
         dims = tuple(sorted(carry.axes, key=self.order))
