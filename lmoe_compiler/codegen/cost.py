@@ -25,11 +25,15 @@ B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 RULES = """\
+H200, B2 T16384 H16 K = V = 128, bf16; microseconds of one kernel
 scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
-chunk 32, 3 stages, solves     428 us against 395-600 us at chunk 64, and prepare takes 127 us instead of 230
+chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
-prepare: 1 warp at chunk 32    the triangular inverse is latency: many small programs hide it
-parallel kernels: 4 warps, tile 64   2 to 4 blocks an SM; 8 warps doubled the time
+prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138, 2 warps 206, 4 warps 368)
+prepare, levels                16 keys and 1 warp (529; 32 keys and 4 warps 1147), with solves 32 keys and 2 warps
+products, solves               values contracted apart: 560 + 433 against 1496; with levels 580 + 1862 against 3439
+gradients, solves              1 warp walks tiles of 32 keys (433; 4 warps 1413): no barrier, and 8 programs an SM
+adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867 against 909)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
 fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
 
@@ -167,16 +171,19 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     largest = max((size for _, size in call.sizes), default=16)
     chunk = 32 if solves or vector or largest > 128 else 64
     stages = 3 if chunk == 32 else 2
-    tile = 32 if solves and _programs(call, batch, 64) < device().sms else 64
+    few = solves and _programs(call, batch, 64) < device().sms
     return Choice(
         chunk=chunk,
         span=_span(call, batch, length) if may_cut(program) else 0,
         prepare=solves or vector,
         prepare_rows=vector,
         products=solves,
-        default=Tuning(block=tile, num_warps=4, num_stages=stages),
+        default=Tuning(block=64, num_warps=4, num_stages=stages),
         kernels=(
-            ("prepare", Tuning(0, 0, 2, 1, inner=32) if vector else Tuning(0, 0, 1, 1)),
+            ("prepare", _prepare(solves, vector)),
+            ("spans", Tuning(64, 0, 4, 3)),
+            ("adjoint_spans", Tuning(64, 0, 4, 3)),
+            ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),
             ("states", Tuning(64, 0, 4, 3 if solves or vector else 2)),
             ("products", Tuning(0, 0, 4, 1)),
             ("gradients", _gradients(solves, vector)),
@@ -184,10 +191,16 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     )
 
 
+def _prepare(solves: bool, vector: bool) -> Tuning:
+    if vector:
+        return Tuning(0, 0, 2, 1, inner=32) if solves else Tuning(0, 0, 1, 1, inner=16)
+    return Tuning(0, 0, 1, 1)
+
+
 def _gradients(solves: bool, vector: bool) -> Tuning:
     """Tiles of keys: over programs where levels fill the registers, else in a loop that shares the [C, C] products."""
     if vector:
-        return Tuning(32, 0, 2, 1)
+        return Tuning(32, 0, 2, 1) if solves else Tuning(64, 0, 4, 1)
     return Tuning(0, 0, 1, 1, inner=32) if solves else Tuning(0, 0, 4, 2, inner=64)
 
 

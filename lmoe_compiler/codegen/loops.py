@@ -222,6 +222,8 @@ class Loops(Expressions):
         first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
         self.write(f"i_c = {f'{last} - 1' if reverse else first}")
         self.print_rows()
+        if reverse:
+            self.write("m_t = m_t & (i_c >= 0)")
         if self.slots_used:
             self.write(f"i_c = {self.inside('i_c')}")
             self.print_slot("i_slot", "i_c")
