@@ -275,7 +275,10 @@ def _recurrence(
         _bad(loc, "there is no Token argument", "the sequence comes in by tokens")
     known = _bounds(bounds, inputs, loc)
     static = tuple(name for name, dim in dims.items() if dim.static)
-    return Recurrence(step.__name__, states, inputs, known, static, step)
+    made = Recurrence(step.__name__, states, inputs, known, static, step)
+    # A mistake in the step is raised here, at its definition, and so is a program that does not do what the step does.
+    assert made.ir
+    return made
 
 
 def line_of(step: Callable[..., Any]) -> Loc:
