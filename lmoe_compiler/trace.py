@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class Traced:
     output: Node
     output_axes: tuple[str, ...]
     step: Callable[..., Any]
+
+
+def differentiates(code: CodeType) -> bool:
+    """Whether a step has an inner gradient: torch imports all of Dynamo, and Triton, when it takes one."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return bool(GRADIENTS & set(code.co_names)) or any(map(differentiates, inner))
+
+
+GRADIENTS = {"grad", "grad_and_value", "vjp", "jacrev", "hessian"}
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from kinds import ROWS, M, N
 from random_expressions import SIZES
-from spellings import define, gated_delta_rule
+from spellings import define, delta_rule, gated_delta_rule
 
 import lmoe_compiler as lmoe
-from lmoe_compiler import Head, State, Token, recurrence
+from lmoe_compiler import Head, State, Token, definition, recurrence
 from lmoe_compiler.dims import K
 from lmoe_compiler.ir.interpret import Value, evaluate
 from lmoe_compiler.ir.nodes import topological
@@ -276,3 +276,16 @@ def test_operations_of_a_step(name):
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y)
     assert r.ir.transition.kind == "identity"
+
+
+def test_a_definition_is_checked_where_it_is_written(monkeypatch):
+    """A mistake in the algebra does not wait for a call: the decorator compares the program with the step."""
+    another = delta_rule()[0].ir
+    monkeypatch.setattr(definition, "analyse", lambda traced, bounds: another)
+
+    def step(S, q, k, v, b):
+        S = S + torch.outer(k, b * v)
+        return S, S.T @ q
+
+    with pytest.raises(AssertionError, match="differs from its step in the state S"):
+        define(step, b=Token)

@@ -31,6 +31,7 @@ from lmoe_compiler.bench.workloads import (
     shape_of,
     tuned_as,
 )
+from lmoe_compiler.config import CACHE_DIR
 
 GRIDS = {"gate": (GATE, GATE_SHAPES), "wide": (WIDE, WIDE_SHAPES), "more": (GATE, MORE_SHAPES)}
 
@@ -101,7 +102,7 @@ def task(cell: Cell, what: str, cache: Path, choices: dict[str, Any]) -> Task:
     if cell.side == "fla":
         work["chosen"] = choices.get(tuned_as(WORKLOADS[cell.op], cell.shape))
     own = cache / cell.name
-    return Task(work, {"TRITON_CACHE_DIR": str(own), "LMOE_CACHE_DIR": str(own / "lmoe")})
+    return Task(work, {"TRITON_CACHE_DIR": str(own), CACHE_DIR: str(own / "lmoe")})
 
 
 def append(path: Path, answer: Answer) -> None:
