@@ -20,6 +20,7 @@ class Tuning:
 
     block, block_second   tile of the first and second axis that may be tiled (0: whole), values first
     inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
+    full                  products of half-precision inputs take fp32 operands (tf32)
     """
 
     block: int = 64
@@ -27,6 +28,7 @@ class Tuning:
     num_warps: int = 4
     num_stages: int = 2
     inner: int = 0
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ KEPT_SPAN = 1024
 def kept_states(program: Program) -> tuple[Value, ...]:
     """What the forward stores of each state for the backward: its value at the start of every span."""
     return tuple(
-        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN) for var in program.states
+        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN)
+        for var in program.states
     )
 
 

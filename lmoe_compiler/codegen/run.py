@@ -75,7 +75,9 @@ def saved(
     heads = layout.measure(program, inputs, (), None).heads
     batch, length = first.shape[:2]
     sizes, kept = _sizes(program, inputs), kept_states(program)
-    extent = Extent(batch, length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens is not None)
+    extent = Extent(
+        batch, length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens is not None
+    )
     return [
         first.new_empty(
             extent.slots(value.span), heads, *(sizes[a] for a in value.axes), dtype=torch.float32
