@@ -29,7 +29,7 @@ H200, B2 T16384 H16 K = V = 128, bf16; microseconds of one kernel
 scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
 chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
-prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138, 2 warps 206, 4 warps 368)
+prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
 prepare, levels                16 keys and 1 warp (529; 32 keys and 4 warps 1147), with solves 32 keys and 2 warps
 products, solves               values contracted apart: 560 + 433 against 1496; with levels 580 + 1862 against 3439
 gradients, solves              1 warp walks tiles of 32 keys (433; 4 warps 1413): no barrier, and 8 programs an SM
@@ -182,6 +182,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
         default=Tuning(block=64, num_warps=4, num_stages=stages),
         kernels=(
             ("prepare", _prepare(solves, vector)),
+            ("scan", Tuning(64, 0, 4, stages, full=cancel)),
             ("spans", Tuning(64, 0, 4, 3)),
             ("adjoint_spans", Tuning(64, 0, 4, 3)),
             ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),
@@ -212,7 +213,7 @@ def normalised(program: Program) -> bool:
 def _gradients(solves: bool, vector: bool, cancel: bool) -> Tuning:
     """Tiles of keys: over programs where levels fill the registers, else in a loop that shares the [C, C] products."""
     if cancel:
-        return Tuning(0, 0, 4, 1, inner=32, full=True)
+        return Tuning(0, 0, 8, 1, full=True)
     if vector:
         return Tuning(32, 0, 2, 1) if solves else Tuning(64, 0, 4, 1)
     return Tuning(0, 0, 1, 1, inner=32) if solves else Tuning(0, 0, 4, 2, inner=64)

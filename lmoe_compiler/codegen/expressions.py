@@ -19,6 +19,11 @@ from lmoe_compiler.codegen.statements import (
 from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
 
 
+def bare(node: Node) -> Node:
+    """A value, whichever axis it is seen along."""
+    return node.args[0] if node.op == "rename" else node
+
+
 class Expressions(Addresses):
     """Prints nodes, operands first, each once."""
 
@@ -103,7 +108,8 @@ class Expressions(Addresses):
         if node.op == "rename":
             return self.rename(node, operands[0])
         if node.op == "dot":
-            full = self.kernel.tuning.full or any(map(self.kept_full, node.args))
+            computed = not all(self.is_load(bare(a)) for a in node.args)
+            full = self.kernel.tuning.full and computed or any(map(self.kept_full, node.args))
             return self.dot(str(node["axis"]), *operands, full=full)
         if node.op in ("sum", "max"):
             return self.reduce(node, operands[0])
@@ -165,7 +171,7 @@ class Expressions(Addresses):
 
     def kept_full(self, node: Node) -> bool:
         """Whether a factor [t, s] was stored in fp32, so that its products are not rounded to half precision."""
-        value = self.cut.get(node.args[0] if node.op == "rename" else node)
+        value = self.cut.get(bare(node))
         return value is not None and value.dtype == "fp32" and SOURCE in value.axes
 
     def dot(self, axis: str, a: Block, b: Block, full: bool = False) -> Block:

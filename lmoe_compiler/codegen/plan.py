@@ -20,7 +20,7 @@ class Tuning:
 
     block, block_second   tile of the first and second axis that may be tiled (0: whole), values first
     inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
-    full                  products of half-precision inputs take fp32 operands (tf32)
+    full                  products with a computed block take it in fp32 (tf32), not rounded to half precision
     """
 
     block: int = 64
