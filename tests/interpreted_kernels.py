@@ -13,7 +13,7 @@ import torch
 from cases import CASES, Case, Sizes, make_inputs
 from differentiated import Result, as_argument, as_list, differentiated, scan
 
-from lmoe_compiler.codegen import run
+from lmoe_compiler.codegen import compiled, run
 from lmoe_compiler.codegen.plan import Choice, Tuning
 
 # Rows past the end divide zero by zero before they are masked; numpy says so, a GPU does not.
@@ -84,7 +84,7 @@ def test_every_variant(name):
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_plan(name, plan, monkeypatch):
     """What is stored, recomputed, tiled or cut into segments changes nothing."""
-    monkeypatch.setattr(run, "choose", lambda *_: PLANS[plan])
+    monkeypatch.setattr(compiled, "choose", lambda *_: PLANS[plan])
     run.forget()
     check(BY_NAME[name], Sizes(B=1, T=70, H=1, K=40, V=20))
     run.forget()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.expressions import Expressions
-from lmoe_compiler.codegen.plan import Carry, Store, Value
+from lmoe_compiler.codegen.plan import WALKS, Carry, Store, Value
 from lmoe_compiler.codegen.statements import (
     Block,
     spread,
@@ -40,7 +40,7 @@ class Loops(Expressions):
             self.write("i_n = i_p // H // n_c")
             self.write("i_c = i_p // H % n_c")
             self.write("bos = i_n.to(tl.int64) * T")
-        if kernel.order != "step":
+        if kernel.order not in ("step", *WALKS):
             self.write("o_t = tl.arange(0, C)")
         for axis in self.axes_used:
             if axis not in dict(self.kernel.inner):
@@ -262,7 +262,8 @@ class Loops(Expressions):
         self.args[argument] = value
         pointers, mask, dims = self.place(value, argument)
         masks = [mask] if mask else []
-        masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+        if value.per != "scratch" and not value.parts:
+            masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         if self.kernel.segments > 1 and value.per == "sequence":
             masks.append("(i_s == SEGMENTS - 1)")
         tail = f", mask={' & '.join(masks)}" if masks else ""

@@ -111,7 +111,8 @@ def span_map(
             ends = chunked.final_states(_rows(derived, sizes, tokens, options), start)
         return _separate(ends, start)
 
-    return spans.span_map(program, inputs, cu_seqlens, finals)
+    tokens, whole = spans.last_document(program, inputs, cu_seqlens)
+    return spans.span_map(program, tokens, whole, finals)
 
 
 def span_map_backward(
@@ -134,7 +135,9 @@ def span_map_backward(
         rows = _rows(derived, sizes, tokens, options)
         return chunked.scan_backward(rows, start, None, ends)[0]
 
-    grads = spans.span_map_backward(program, inputs, cu_seqlens, d_maps, d_ends, pullback)
+    tokens, whole = spans.last_document(program, inputs, cu_seqlens)
+    grads = spans.span_map_backward(program, tokens, whole, d_maps, d_ends, pullback)
+    grads = spans.with_earlier_documents(inputs, grads)
     return [grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True)]
 
 
