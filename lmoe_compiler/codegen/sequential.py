@@ -1,10 +1,10 @@
 """Plans of kernels that go token by token, from the graph of one token (token.py) and its adjoint.
 
 Forward:   walk                      states in registers, o written
-Backward:  entries  ->  walk  [->  parameters]
+Backward:  entries  ->  walk  [->  sum_...]
   entries      walks forward, stores the states at the entry of every chunk
   walk         from the end: replays a chunk's states into a scratch, then carries the adjoints back through it
-  parameters   gradients of per-head matrices that are sums of outer products over tokens, as products over chunks
+  sum_...      the gradient of a per-head matrix that is a sum of outer products over tokens, as products over chunks
 
 One program per sequence, head and tile of an axis that no carried value contracts; gradients that contract it are
 written in parts, added up afterwards. Gradients of per-head inputs are sums over a sequence: no atomics anywhere.
@@ -44,7 +44,7 @@ BLOCK = 4096
 HELD = 32768
 """Numbers that a program may hold in all; per-head matrices beyond that are loaded anew for every token."""
 
-PARAMETERS = Tuning(block=64, num_warps=8, num_stages=1)
+PARAMETERS = Tuning(block=64, num_warps=4, num_stages=1)
 
 
 def choose(program: Program, length: int) -> Choice:
@@ -123,8 +123,8 @@ def backward_plan(program: Program, choice: Choice, call: Call) -> Plan:
     kernels = [_configured(k, program, choice, call) for k in (first, walk)]
     if not outer:
         return _plan("backward", kernels, program, choice, call)
-    last, sizes = _parameters(program, outer, factors, call)
-    return _plan("backward", [*kernels, last], program, choice, replace(call, sizes=sizes))
+    sums, sizes = _parameters(program, outer, factors, call)
+    return _plan("backward", [*kernels, *sums], program, choice, replace(call, sizes=sizes))
 
 
 def _token(program: Program) -> list[Node]:
@@ -188,9 +188,9 @@ def _configured(kernel: Kernel, program: Program, choice: Choice, call: Call) ->
     for node in sorted(heads, key=lambda n: len(n.axes)):
         numbers = _numbers(kernel, node.axes, call)
         if len(node.axes) < 2 or held + numbers <= HELD:
-            held += numbers
             kept.append(node.name)
-    warps = 1 << max(0, min(4, (held // 1024).bit_length()))
+        held += numbers
+    warps = 1 << max(0, min(4, (-(-held // 4096) - 1).bit_length()))
     return replace(kernel, kept=tuple(kept), tuning=replace(kernel.tuning, num_warps=warps))
 
 
@@ -274,12 +274,11 @@ def _parameters(
     outer: dict[str, list[tuple[Node, Node]]],
     factors: Sequence[Store],
     call: Call,
-) -> tuple[Kernel, tuple[tuple[str, int], ...]]:
-    """The kernel that adds up a b' over rows, and the plan's sizes with a name for each second axis of its own."""
+) -> tuple[list[Kernel], tuple[tuple[str, int], ...]]:
+    """Kernels that add up a b' over rows, and the plan's sizes with a name for each second axis of its own."""
     sizes = dict(call.sizes)
     values = {id(s.node): s.value for s in factors}
-    loads: dict[tuple[int, str], Load] = {}
-    carries = []
+    kernels = []
     for var in program.inputs:
         if var.name not in outer:
             continue
@@ -287,23 +286,24 @@ def _parameters(
         other = f"{second.rstrip(chr(39))}_columns"
         sizes[other] = sizes[second.rstrip("'")]
         total = leaf = make("input", name=f"sum_{var.name}", axes=(first, other))
+        loads: dict[tuple[int, str], Load] = {}
         for pair in outer[var.name]:
             rows = []
             for node, axis in zip(pair, (first, other), strict=True):
                 value = replace(values[id(node)], axes=(axis,))
-                loaded = input_(value.name, (ROW, axis))
-                rows.append(loads.setdefault((id(node), axis), Load(loaded, value)).node)
+                load = Load(input_(value.name, (ROW, axis)), value)
+                rows.append(loads.setdefault((id(node), axis), load).node)
             total = make("add", total, make("dot", *rows, axis=ROW))
         end = Value(f"d{var.name}", (first, other), "sequence", "fp32")
-        carries.append(Carry(leaf, total, (first, other), None, end))
-    axes = {carry.axes[0] for carry in carries}
-    tiles: tuple[tuple[str, int], ...] = ()
-    if len(axes) == 1 and padded(sizes[(axis := axes.pop())]) > PARAMETERS.block:
-        tiles = ((axis, PARAMETERS.block),)
-    kernel = Kernel(
-        "parameters", "forward", tuple(carries), tuple(loads.values()), (), tiles, PARAMETERS
-    )
-    return kernel, tuple(sizes.items())
+        carry = Carry(leaf, total, (first, other), None, end)
+        block = PARAMETERS.block
+        tiles = ((first, block),) if padded(sizes[first]) > block else ()
+        kernels.append(
+            Kernel(
+                f"sum_{var.name}", "forward", (carry,), tuple(loads.values()), (), tiles, PARAMETERS
+            )
+        )
+    return kernels, tuple(sizes.items())
 
 
 def _plan(
