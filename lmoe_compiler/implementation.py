@@ -65,6 +65,10 @@ class Implementation(Protocol):
         self, program: Program, inputs: Tensors, states: Tensors | None, options: Options
     ) -> tuple[Tensor, list[Tensor]]: ...
 
+    def step_(
+        self, program: Program, inputs: Tensors, states: Tensors, options: Options
+    ) -> Tensor: ...
+
 
 def choose(
     function: str, program: Program, inputs: Sequence[Measured], options: Options

@@ -5,6 +5,7 @@
     lmoe::span_map           M of each state that has one, E of each state: S_out = M S_in + E
     lmoe::span_map_backward  gradients of inputs
     lmoe::step               o, next states                 one decode step
+    lmoe::step_              o                              the same, into the given states
 
 Nothing is registered per recurrence. Each op has a fake kernel (which also checks the call), an autograd formula
 whose backward is an op of the family, vmap and autocast rules (transforms.py) and a FLOP formula. `call` is how the
@@ -33,6 +34,7 @@ from lmoe_compiler.kernels import parse
 from lmoe_compiler.layout import Tensors
 
 Run = Callable[..., list[Tensor]]
+STEPS = ("step", "step_")
 
 SCHEMAS = {
     "scan": "str program, Tensor[] inputs, Tensor[] states, Tensor? cu_seqlens, str options",
@@ -42,6 +44,7 @@ SCHEMAS = {
     "span_map_backward": "str program, Tensor[] inputs, Tensor? cu_seqlens, Tensor[] d_results, "
     "str options",
     "step": "str program, Tensor[] inputs, Tensor[] states, str options",
+    "step_": "str program, Tensor[] inputs, Tensor(a!)[] states, str options",
 }
 
 
@@ -138,6 +141,15 @@ def _refuse_second(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     )
 
 
+def _refuse_in_place(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    name = parse(inputs[0]).name
+    raise UnsupportedTransform(
+        f"gradient through an in-place step of {name}",
+        why="the states before the step, which a backward needs, are overwritten",
+        try_=f"{name}.step(..., state=S), or torch.no_grad() around the loop",
+    )
+
+
 @dataclass(frozen=True)
 class Operator:
     kernel: Callable[..., list[Tensor]]
@@ -168,6 +180,9 @@ OPERATORS = {
     "step": Operator(
         kernels.step, kernels.fake_step, Derivative(_setup_step, _differentiate_step), 1
     ),
+    "step_": Operator(
+        kernels.step_, kernels.fake_step_, Derivative(_refuse_in_place, _refuse_second), 1
+    ),
 }
 
 
@@ -186,7 +201,7 @@ def _register(name: str, operator: Operator) -> None:
 
     def flops(text: str, inputs: Tensors, *rest: Any, **_: Any) -> int:
         program = parse(text)
-        sizes = layout.measure(program, inputs, (), None, step=name == "step")
+        sizes = layout.measure(program, inputs, (), None, step=name in STEPS)
         return operator.cost * layout.multiply_adds(program, sizes)
 
     flop_formula(getattr(torch.ops.lmoe, name), get_raw=True)(flops)
@@ -324,7 +339,7 @@ def _checked_call(
 ) -> list[Tensor]:
     if torch.compiler.is_compiling():
         return _op(name)(text, inputs, states, *rest)
-    program, step = parse(text), name == "step"
+    program, step = parse(text), name in STEPS
     inputs = transforms.autocast(program, inputs)
     flat = [*inputs, *states, cu_seqlens]
     if not _direct(flat):
@@ -352,6 +367,11 @@ def scan(
 def step(text: str, inputs: list[Tensor], states: list[Tensor], options: Options) -> list[Tensor]:
     """o [B, H, *axes] and the next states of one decode step; no `states` means zeros."""
     return _checked_call("step", text, inputs, states, None, options.text)
+
+
+def step_(text: str, inputs: list[Tensor], states: list[Tensor], options: Options) -> Tensor:
+    """o [B, H, *axes] of one decode step; `states` become the next states."""
+    return _checked_call("step_", text, inputs, states, None, options.text)[0]
 
 
 for _name, _operator in OPERATORS.items():

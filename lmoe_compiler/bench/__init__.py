@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "kernels": "forward and backward on the grid of shapes; --against fla",
+    "host": "what the processor does in one call, without a GPU",
     "resources": "registers, spills and shared memory of kernels compiled for sm_90, without a GPU",
     "tune": "search plans, check their numbers, write the table that the package ships",
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler import layout
-from lmoe_compiler.codegen import first_use, sequential
+from lmoe_compiler.codegen import first_use, sequential, stepping
 from lmoe_compiler.codegen.cost import choose
 from lmoe_compiler.codegen.describe import header, lines
 from lmoe_compiler.codegen.fit import DoesNotFit, smaller, too_large
@@ -185,15 +185,17 @@ class Request:
         return found
 
     def choice(self) -> Choice:
-        batch, length = self.lengths
-        if self.is_step or chunk_of(self.program) is not None:
-            direction = "step" if self.is_step else "backward" if self.is_backward else "forward"
-            chosen = choose(self.program, direction, self.call, batch, length)
+        """How the call is run, by the table of measured choices or the rules."""
+        program, call, (batch, length) = self.program, self.call, self.lengths
+        if self.is_step:
+            return stepping.choose(program, call, batch, in_place=self.direction == "step_")
+        if chunk_of(program) is None:
+            chosen = sequential.choose(program, length)
         else:
-            chosen = sequential.choose(self.program, length)
-        if self.options.chunk_size is not None:
-            chosen = replace(chosen, chunk=max(16, 1 << (self.options.chunk_size - 1).bit_length()))
-        return chosen
+            direction = "backward" if self.is_backward else "forward"
+            chosen = choose(program, direction, call, batch, length)
+        size = self.options.chunk_size
+        return chosen if size is None else replace(chosen, chunk=max(16, 1 << (size - 1).bit_length()))
 
     def plan(self, choice: Choice) -> Plan:
         program, call = self.program, self.call

@@ -141,8 +141,10 @@ class Loops(Expressions):
             self.print_start(carry, f"b_{identifier(carry.leaf.name)}")
         for store in self.kernel.stores:
             self.store(store.node, store.value)
-        for carry in self.kernel.carries:
-            block = self.fp32(self.emit(carry.following))
+        after = [self.fp32(self.emit(carry.following)) for carry in self.kernel.carries]
+        # The next states may take the place of the states: nobody may still be reading.
+        self.write("tl.debug_barrier()")
+        for carry, block in zip(self.kernel.carries, after, strict=True):
             if carry.end is not None:
                 self.print_end(carry.end, self.broadcast(block, carry.axes), carry.axes)
         return self.lines

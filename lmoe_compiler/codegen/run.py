@@ -70,7 +70,12 @@ def step(
 
 
 def step_(program: Program, inputs: Tensors, states: Tensors, options: Options) -> Tensor:
-    """The same, with the next states written over the given ones, which are contiguous."""
+    """The same, with the next states written over the given ones; returns the output."""
+    if not all(x.is_contiguous() for x in states):
+        output, following = step(program, inputs, states, options)
+        for state, new in zip(states, following, strict=True):
+            state.copy_(new)
+        return output
     into = dict(zip((f"{v.name}_end" for v in printable(program).states), states, strict=True))
     o = compiled.call(
         "step_",

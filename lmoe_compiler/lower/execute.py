@@ -18,7 +18,7 @@ from lmoe_compiler.layout import Sizes
 from lmoe_compiler.lower import chunked, sequential, spans
 from lmoe_compiler.lower.rows import Packing, packings
 
-__all__ = ["scan", "scan_backward", "span_map", "span_map_backward", "step"]
+__all__ = ["scan", "scan_backward", "span_map", "span_map_backward", "step", "step_"]
 
 Tensors = Sequence[Tensor]
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
@@ -149,6 +149,14 @@ def step(
     initial = initial_states(program, sizes, inputs, states)
     output, finals = sequential.token(program, sizes, inputs, initial)
     return output, _separate(finals, initial)
+
+
+def step_(program: Program, inputs: Tensors, states: Tensors, options: Options) -> Tensor:
+    """The same into `states`; returns the output."""
+    output, following = step(program, inputs, states, options)
+    for state, new in zip(states, following, strict=True):
+        state.copy_(new)
+    return output
 
 
 def initial_states(
