@@ -27,6 +27,8 @@ State = Tensor | Sequence[Tensor] | None
 
 def bind(r: Recurrence, args: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
     """Positional and named inputs in the signature's order."""
+    if not named and len(args) == len(r.inputs) and all([isinstance(x, Tensor) for x in args]):
+        return list(args)
     names = [var.name for var in r.inputs]
     if len(args) > len(names):
         raise _misfit(r, f"got {len(args)} positional arguments", f"takes {len(names)} inputs")
@@ -131,6 +133,8 @@ def _as_given(states: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
 
 def _static_sizes(r: Recurrence, inputs: Sequence[Tensor]) -> dict[str, int]:
     """Lengths of the dims that the step loops over: each is a program of its own."""
+    if not r.static_dims:
+        return {}
     sizes: dict[str, int] = {}
     for dim in r.static_dims:
         for var, x in zip(r.inputs, inputs, strict=True):

@@ -61,7 +61,8 @@ def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
     saved = output[1 + len(parse(text).states) :]
     ctx.call = (text, options, len(tokens), len(states))
     ctx.save_for_backward(*tokens, *states, *saved, cu_seqlens)
-    ctx.mark_non_differentiable(*saved)
+    if saved:
+        ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 
 
@@ -72,13 +73,13 @@ def _differentiate_scan(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, 
     saved = tensors[num_inputs + num_states :]
     program = parse(text)
     d_output, *d_states = grads[: 1 + len(program.states)]
-    sizes = layout.measure(program, inputs, states, cu_seqlens)
-    zeros = kernels.fake_results(program, sizes, inputs) if None in (d_output, *d_states) else []
-    if d_output is None:
-        d_output = zeros[0].zero_()
-    if all(d is None for d in d_states):
+    if all([d is None for d in d_states]):
         d_states = []
-    d_states = [zeros[1 + i].zero_() if d is None else d for i, d in enumerate(d_states)]
+    if d_output is None or any([d is None for d in d_states]):
+        sizes = layout.measure(program, inputs, states, cu_seqlens)
+        zeros = [x.zero_() for x in kernels.fake_results(program, sizes, inputs)]
+        d_output = zeros[0] if d_output is None else d_output
+        d_states = [z if d is None else d for d, z in zip(d_states, zeros[1:], strict=False)]
     results = call(
         "scan_backward", text, inputs, states, cu_seqlens, saved, d_output, d_states, options
     )
@@ -239,8 +240,25 @@ class _Differentiable(torch.autograd.Function):
         )
 
 
+class _Direct(_Differentiable):
+    """The same where nothing wraps tensors: `args` are the flat ones already."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, run: Run, name: str, text: str, args: list[Any], *flat: Any
+    ) -> tuple[Any, ...]:
+        results = run(text, *args)
+        ctx.derivative, ctx.program = OPERATORS[name].derivative, text
+        ctx.derivative.setup(ctx, (text, *args), results)
+        return tuple(results)
+
+    # Autograd's own: the context comes to `forward`.
+    setup_context = torch.autograd.Function.setup_context
+
+
 # Function.apply without its check for torch.func: the dispatcher has already taken this op to one level of autograd.
 _apply = super(torch.autograd.Function, _Differentiable).apply
+_apply_direct = super(torch.autograd.Function, _Direct).apply
 
 
 def _wants_derivative(flat: Sequence[Tensor | None]) -> bool:
@@ -301,7 +319,7 @@ def _direct(tensors: Sequence[Any]) -> bool:
         and (device := tensors[0].device.type) in transforms.DEVICES
         and not torch.is_autocast_enabled(device)
         and not torch.autograd.profiler._is_profiler_enabled
-        and all(x is None or type(x) in _PLAIN for x in tensors)
+        and all([x is None or type(x) in _PLAIN for x in tensors])
     )
 
 
@@ -325,7 +343,7 @@ def call(name: str, text: str, *args: Any) -> list[Tensor]:
 def _run(name: str, text: str, args: tuple[Any, ...], flat: list[Tensor | None]) -> list[Tensor]:
     kernel = OPERATORS[name].kernel
     if _wants_derivative(flat):
-        return list(_apply(kernel, name, text, args, *flat))
+        return list(_apply_direct(kernel, name, text, args, *flat))
     return kernel(text, *args)
 
 

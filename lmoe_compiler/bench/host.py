@@ -35,16 +35,17 @@ class Compiled:
         pass
 
 
-def _compile(self: launch.Launcher, grid: int, args: object, device: int, keep: bool) -> None:
-    for index in (None, 0):
-        self.compiled[index] = Compiled()  # type: ignore[index]
+def _compile(
+    self: launch.Launcher, grid: int, args: object, device: int | None, keep: bool
+) -> None:
+    self.compiled[device] = Compiled()
 
 
 @contextmanager
 def no_launches() -> Iterator[None]:
     """CPU tensors take the way of CUDA tensors, and kernels do nothing."""
     compiled.forget()
-    implementation._kernels_or_reason.cache_clear()
+    implementation.forget()
     with (
         mock.patch.object(implementation, "_interpreted", lambda: True),
         mock.patch.object(launch.Launcher, "compile", _compile),
@@ -52,7 +53,7 @@ def no_launches() -> Iterator[None]:
     ):
         yield
     compiled.forget()
-    implementation._kernels_or_reason.cache_clear()
+    implementation.forget()
 
 
 def calls(recurrence: Recurrence, inputs: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
@@ -62,8 +63,8 @@ def calls(recurrence: Recurrence, inputs: dict[str, Tensor]) -> dict[str, Callab
     output = recurrence(*leaves)
     weights = torch.ones_like(output)
     tokens = {var.name for var in recurrence.inputs if var.kind == "token"}
-    one = {n: x.detach()[:, 0].contiguous() if n in tokens else x.detach() for n, x in inputs.items()}
-    _, state = recurrence.step(**one)
+    one = [x.detach()[:, 0].contiguous() if n in tokens else x.detach() for n, x in inputs.items()]
+    _, state = recurrence.step(*one)
     state = state if isinstance(state, tuple) else (state,)
     arg = state if len(state) > 1 else state[0]
 
@@ -73,8 +74,8 @@ def calls(recurrence: Recurrence, inputs: dict[str, Tensor]) -> dict[str, Callab
     return {
         "forward": lambda: recurrence(*plain),
         "forward+backward": train,
-        "step": lambda: recurrence.step(**one, state=arg),
-        "step in place": lambda: recurrence.step(**one, state=arg, inplace=True),
+        "step": lambda: recurrence.step(*one, state=arg),
+        "step in place": lambda: recurrence.step(*one, state=arg, inplace=True),
     }
 
 

@@ -8,6 +8,7 @@ addresses to the compiled kernels.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -94,9 +95,9 @@ class Launcher:
             "num_stages": tuning.num_stages,
         }
         # By device; compiled for aligned pointers and 32-bit lengths.
-        self.compiled: dict[int, Any] = {}
+        self.compiled: dict[int | None, Any] = {}
 
-    def compile(self, grid: int, args: Sequence[Any], device: int, keep: bool) -> None:
+    def compile(self, grid: int, args: Sequence[Any], device: int | None, keep: bool) -> None:
         """Launch through Triton's JIT, and keep what it compiled."""
         from triton.runtime.errors import OutOfResources
 
@@ -108,23 +109,21 @@ class Launcher:
             self.compiled[device] = compiled
 
 
-def launch(compiled: Any, grid: int, stream: int, args: Sequence[int]) -> None:
-    """Launch a compiled kernel: pointers are addresses, hooks of profilers are not called."""
-    compiled.run(
-        grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args
-    )
-
-
 def current_stream(device: int) -> int:
     """The address of a device's current stream."""
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def _hooked() -> bool:
-    """Whether a profiler wants to hear of every launch."""
+@functools.cache
+def _runtime() -> Any:
     from triton import knobs
 
-    hook = knobs.runtime.launch_enter_hook
+    return knobs.runtime
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of every launch."""
+    hook = _runtime().launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
@@ -165,19 +164,31 @@ class Made:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a call: its arguments are slots (inputs, then own tensors, then the workspace) and numbers."""
+    """One kernel of a call: its arguments are slots (inputs, then own tensors, then the workspace), lengths, constants."""
 
     launcher: Launcher
     grid: int
     slots: tuple[int, ...]
-    tail: tuple[Any, ...]
+    lengths: tuple[int, ...]
+    constants: tuple[Any, ...]
     # Slots of own tensors that are parts of sums, once it has run.
     parts: tuple[int, ...]
 
 
+def launch(compiled: Any, grid: int, stream: int, addresses: Sequence[int], one: Launch) -> None:
+    """Launch a compiled kernel; no profiler's hook is called."""
+    compiled.run(
+        grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *addresses, *one.lengths, *one.constants,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """What calls of one extent have in common. The workspace begins with what has to be zero."""
+    """What calls of one extent have in common. The workspace begins with what has to be zero.
+
+    `ready` are the devices on which every kernel has run.
+    """
 
     own: tuple[Made, ...]
     shared: tuple[Made, ...]
@@ -187,6 +198,7 @@ class Prepared:
     launches: tuple[Launch, ...]
     results: tuple[int, ...]
     narrow: bool
+    ready: set[int | None] = field(default_factory=set)
 
 
 @dataclass
@@ -247,8 +259,9 @@ class Executable:
             parts = [place[identifier(v.name)] for v in kernel.written if v.parts]
             grid = programs(kernel, self.plan, extent)
             if grid:
+                constants = tuple(launcher.constants.values())
                 launches.append(
-                    Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(parts))
+                    Launch(launcher, grid, tuple(slots), tuple(numbers), constants, tuple(parts))
                 )
         return Prepared(
             tuple(own),
@@ -269,7 +282,6 @@ class Executable:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(prepared, given, into)
-        count = len(given)
         tensors = list(given)
         for m in prepared.own:
             if into is not None and m.name in into:
@@ -283,41 +295,29 @@ class Executable:
             if prepared.zeros:
                 workspace[: prepared.zeros].zero_()
         values = [x.data_ptr() for x in tensors]
-        if not self._direct(prepared, device, values[:count]):
-            self._through_jit(prepared, tensors, workspace, device)
+        bits = functools.reduce(operator.or_, values)
+        index = device.index
+        if index not in prepared.ready or bits & 15 or _hooked():
+            self._through_jit(prepared, tensors, workspace, index)
         else:
             if workspace is not None:
                 base = workspace.data_ptr()
                 values += [base + offset for offset in prepared.offsets]
-            index, stream = device.index, current_stream(device.index)
+            stream = current_stream(index)
             for one in prepared.launches:
-                compiled = one.launcher.compiled[index]
-                constants = one.launcher.constants.values()
-                args = [*[values[slot] for slot in one.slots], *one.tail, *constants]
-                launch(compiled, one.grid, stream, args)
+                args = [values[slot] for slot in one.slots]
+                launch(one.launcher.compiled[index], one.grid, stream, args, one)
                 for slot in one.parts:
                     tensors[slot] = tensors[slot].sum(0)
                     values[slot] = tensors[slot].data_ptr()
         return [tensors[slot] for slot in prepared.results]
-
-    def _direct(self, prepared: Prepared, device: torch.device, given: Sequence[int]) -> bool:
-        """Whether every kernel is compiled for this device and these addresses."""
-        bits = 0
-        for address in given:
-            bits |= address
-        return (
-            not bits & 15
-            and prepared.narrow
-            and all(device.index in one.launcher.compiled for one in prepared.launches)
-            and not _hooked()
-        )
 
     def _through_jit(
         self,
         prepared: Prepared,
         tensors: list[Tensor],
         workspace: Tensor | None,
-        device: torch.device,
+        index: int | None,
     ) -> None:
         """The same with tensors as arguments: the first time, in the interpreter, and for unaligned inputs."""
         values: list[Tensor] = list(tensors)
@@ -327,7 +327,9 @@ class Executable:
             values.append(workspace[offset : offset + size].view(m.dtype).view(m.shape))
         aligned = prepared.narrow and all(x.data_ptr() % 16 == 0 for x in tensors)
         for one in prepared.launches:
-            args = [*(values[slot] for slot in one.slots), *one.tail]
-            one.launcher.compile(one.grid, args, device.index or 0, keep=aligned)
+            args = [*(values[slot] for slot in one.slots), *one.lengths]
+            one.launcher.compile(one.grid, args, index, keep=aligned)
             for slot in one.parts:
                 tensors[slot] = values[slot] = values[slot].sum(0)
+        if all(index in one.launcher.compiled for one in prepared.launches) and prepared.narrow:
+            prepared.ready.add(index)
