@@ -143,7 +143,7 @@ class Partition:
             skip_last,
         )
         self.kernels.append(kernel)
-        self.stored.update({s.node: s.value for s in stores})
+        self.stored.update({s.node: s.value for s in stores if s.node.op != "const"})
 
     def tiles(
         self,
@@ -401,7 +401,7 @@ def _fits_scan(
     """Whether the adjoint scan can write this gradient: no forward state, and tiled as the carried values are."""
     if depends[store.node] & states:
         return False
-    axes = [carry.axes[-1] for carry in carries]
+    axes = [carry.axes[-1] for carry in carries if carry.axes]
     scan = closure([carry.following for carry in carries], stored)
     axes = [a for a in axes if (found := split(scan, a, stored)) and "part" not in found.values()]
     own = closure([store.node], stored)

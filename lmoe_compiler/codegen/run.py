@@ -7,6 +7,8 @@ computed in fp32). A repeated call is a look-up (compiled.py), allocations and l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -97,6 +99,7 @@ def span_map(
 
     def finals(derived: Program, tokens: Tensors, start: list[Tensor]) -> list[Tensor]:
         starts = [_for_documents(x, cu_seqlens) for x in start]
+        derived = with_columns(derived, start[0].shape[-1])
         ends = _run("ends", derived, tokens, starts, cu_seqlens, options)
         return [x[-1:] for x in ends] if cu_seqlens is not None else ends
 
@@ -123,10 +126,22 @@ def span_map_backward(
             for x, d in zip(last, ends, strict=True):
                 x[-1:] = d
             ends = last
+        derived = with_columns(derived, start[0].shape[-1])
         results = _run("pullback", derived, tokens, starts, cu_seqlens, options, [], ends)
         return gathered(derived, tokens, results[: len(derived.inputs)])
 
     return spans.span_map_backward(program, inputs, _whole(cu_seqlens), d_maps, d_ends, pullback)
+
+
+@cache
+def with_columns(program: Program, size: int) -> Program:
+    """A square map's second axis as an axis of its own: kernels tile the columns, not the rows."""
+    (first, *others) = program.states
+    if others or not any(axis.endswith("'") for axis in first.axes):
+        return program
+    axes = tuple(f"{axis[:-1]}_columns" if axis.endswith("'") else axis for axis in first.axes)
+    static = (*program.static, *((a, size) for a in axes if a not in first.axes))
+    return replace(program, states=(replace(first, axes=axes),), static=static)
 
 
 def source(
