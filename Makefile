@@ -9,7 +9,7 @@ FARM := .typecheck/lmoe_compiler
 
 # PyPI's Linux wheel of torch is the CUDA build. Without a GPU, offer pip the CPU build as well: its
 # local version (2.13.0+cpu) sorts above the plain one, and where its page is out of reach pip goes on.
-ifeq ($(shell command -v nvidia-smi),)
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_BUILD := --retries 0 --find-links https://download.pytorch.org/whl/cpu/torch/
 endif
 

@@ -155,6 +155,10 @@ class CompileOptions:
                 )
 
 
+CACHE_DIR = "LMOE_CACHE_DIR"
+"""The variable that a process gets to keep what it caches apart (bench/kernels.py)."""
+
+
 @dataclass(frozen=True)
 class Environment:
     """The LMOE_* variables, checked."""
@@ -166,7 +170,7 @@ class Environment:
 
     @classmethod
     def read(cls, variables: Mapping[str, str]) -> Environment:
-        names = {"LMOE_DEBUG", "LMOE_VERIFY", "LMOE_KERNEL_DIR", "LMOE_CACHE_DIR"}
+        names = {"LMOE_DEBUG", "LMOE_VERIFY", "LMOE_KERNEL_DIR", CACHE_DIR}
         for name in variables:
             if name.startswith("LMOE_") and name not in names:
                 raise InvalidOption(
@@ -178,7 +182,7 @@ class Environment:
             debug=_stages(variables.get("LMOE_DEBUG", "")),
             verify=_flag("LMOE_VERIFY", variables.get("LMOE_VERIFY", "0")),
             kernel_dir=Path(kernels).expanduser() if kernels else None,
-            cache_dir=Path(variables.get("LMOE_CACHE_DIR") or "~/.cache/lmoe").expanduser(),
+            cache_dir=Path(variables.get(CACHE_DIR) or "~/.cache/lmoe").expanduser(),
         )
 
 

@@ -33,7 +33,7 @@ from lmoe_compiler.ir.sequence import over_tokens
 from lmoe_compiler.ir.spec import verify
 from lmoe_compiler.ir.text import print_program
 from lmoe_compiler.operations import another
-from lmoe_compiler.trace import default_float, trace
+from lmoe_compiler.trace import default_float, differentiates, trace
 
 Bounds = Mapping[str, tuple[float, float]]
 KINDS: dict[object, Literal["state", "token", "head"]] = {
@@ -279,7 +279,11 @@ def _recurrence(
         _bad(loc, "there is no Token argument", "the sequence comes in by tokens")
     known = _bounds(bounds, inputs, loc)
     static = tuple(name for name, dim in dims.items() if dim.static)
-    return Recurrence(step.__name__, states, inputs, known, static, step)
+    made = Recurrence(step.__name__, states, inputs, known, static, step)
+    # Mistakes are raised here, where the step is written, and so is a program that does not do what the step does.
+    if not differentiates(step.__code__):
+        assert made.ir
+    return made
 
 
 def line_of(step: Callable[..., Any]) -> Loc:

@@ -6,6 +6,7 @@ means is in operations.py.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from lmoe_compiler.errors import (
 )
 from lmoe_compiler.ir.nodes import Loc, const
 from lmoe_compiler.operations import RULES, Context, Named, NoMeaning
-from lmoe_compiler.symbols import Sizes
+from lmoe_compiler.sizes import Sizes
 
 aten = torch.ops.aten
 NEEDS_VALUE = {
@@ -41,10 +42,12 @@ NEEDS_VALUE = {
 }
 OPERANDS = {"Tensor", "number", "Scalar"}
 INTERNAL_IN_PLACE = {"squeeze_", "detach_"}
-# Torch's own frames between a step and the dispatch of its operation.
-DISPATCH = ("torch/_compile.py", "torch/_dynamo/eval_frame.py")
-DECOMPOSITIONS = get_decompositions(
-    [
+# Frames between a step and the dispatch of its operation.
+DISPATCH = ("torch/_compile.py", "torch/_dynamo/eval_frame.py", "lmoe_compiler/sizes.py")
+# Without their wrappers, which are about `out=` and half precision and import all of Dynamo when called.
+DECOMPOSITIONS = {
+    op: inspect.unwrap(function)
+    for op, function in get_decompositions([
         aten.mse_loss, aten.mse_loss_backward, aten.huber_loss, aten.huber_loss_backward, aten.addmm,
         aten.addmv, aten.baddbmm, aten.log_sigmoid_backward, aten.silu, aten.silu_backward,
         aten.gelu, aten.gelu_backward, aten.sigmoid_backward, aten.tanh_backward,
@@ -52,8 +55,8 @@ DECOMPOSITIONS = get_decompositions(
         aten._softmax_backward_data, aten._log_softmax_backward_data, aten.addcmul, aten.addcdiv,
         aten.lerp, aten.elu, aten.leaky_relu, aten.hardtanh, aten.hardsigmoid, aten.std,
         aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.select_backward, aten.xlogy,
-    ]
-)  # fmt: skip
+        ]).items()
+}  # fmt: skip
 
 
 class Recorder(TorchDispatchMode):
@@ -64,6 +67,11 @@ class Recorder(TorchDispatchMode):
         self.file, self.sizes = file, sizes
         self.values: dict[int, Named | LmoeError] = {}
         self.alive: list[Any] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap the dispatch in `torch._dynamo.disable`, importing all of Dynamo for one trace."""
+        return False
 
     def __torch_dispatch__(
         self,
@@ -248,7 +256,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _caller() -> str:
-    """The file that called the operation now being dispatched, past torch's own wrappers of the dispatch."""
+    """The file that called the operation now being dispatched, past the wrappers of the dispatch."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.endswith(DISPATCH):
         frame = frame.f_back

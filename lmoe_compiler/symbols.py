@@ -1,25 +1,24 @@
-"""Symbols for the lengths of dims, and what torch assumed of them while a step was traced.
+"""Sizes as symbols, for steps that look at them, and what torch assumed of them while the step was traced.
 
-Each dim is a symbol of a ShapeEnv of our own with a prime hint that no other has, so K and V cannot be confused and
-numbers computed from sizes (`q.shape[0] ** -0.5`) stay expressions. Used by recorder.py.
+Numbers computed from sizes (`q.shape[0] ** -0.5`) stay expressions; a comparison of sizes is refused. Used by trace.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
 from torch import SymBool, SymFloat, SymInt
 from torch._guards import GuardSource, Source
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from lmoe_compiler.errors import MixedDims
 from lmoe_compiler.ir.nodes import Loc, Node, Var, const, make
-from lmoe_compiler.ir.spec import base
-from lmoe_compiler.operations import Axis, NoMeaning, another
-
-PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+from lmoe_compiler.operations import NoMeaning
+from lmoe_compiler.sizes import PRIMES, Sizes
 
 
 class _DimSource(Source):
@@ -37,54 +36,43 @@ class _DimSource(Source):
         return self.dim
 
 
-class Sizes:
-    """The symbols of the dims, and what torch assumed of them."""
+class Symbols(Sizes):
+    """Every dim is a symbol of a ShapeEnv of our own, with a prime as its hint."""
 
     def __init__(self, variables: Sequence[Var], static: Mapping[str, int]) -> None:
+        super().__init__(variables, static)
         self.env = ShapeEnv(duck_shape=False)
-        self.static = static
-        self.of: dict[str, int | SymInt] = dict(static)
         self.names: dict[str, str] = {}
-        primes = iter(PRIMES)
-        for dim in dict.fromkeys(base(a) for v in variables for a in v.axes):
-            if dim not in static:
-                source, hint = _DimSource(dim), next(primes)
-                symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-                self.names[str(symbol)] = dim
-                self.of[dim] = self.env.create_symintnode(symbol, hint=hint, source=source)
+        self.symbols: dict[str, SymInt] = {}
+        for dim, hint in zip(self.free, PRIMES, strict=False):
+            source = _DimSource(dim)
+            symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            self.names[str(symbol)] = dim
+            self.symbols[dim] = self.env.create_symintnode(symbol, hint=hint, source=source)
+
+    def running(self) -> AbstractContextManager[object]:
+        return FakeTensorMode(shape_env=self.env)
+
+    def length(self, dim: str) -> int | SymInt:
+        return self.symbols[dim] if dim in self.symbols else self.of[dim]
 
     def axis(self, size: int | SymInt) -> str | None:
-        """The dim of a size; None for 1."""
-        if isinstance(size, SymInt):
-            text = str(size.node.expr)
-            if text not in self.names:
-                raise NoMeaning(f"a tensor of size {self.spell(text)}")
-            return self.names[text]
-        if size == 1:
-            return None
-        dims = [dim for dim, length in self.static.items() if length == size]
-        if len(dims) != 1:
-            raise NoMeaning(f"a tensor of the fixed size {size}")
-        return dims[0]
-
-    def axes(self, shape: Sequence[int | SymInt]) -> tuple[Axis, ...]:
-        """Distinct names for the dimensions of a tensor."""
-        names: list[Axis] = []
-        for axis in map(self.axis, shape):
-            names.append(axis if axis is None else another(axis, names))
-        return tuple(names)
+        if not isinstance(size, SymInt):
+            return super().axis(size)
+        text = str(size.node.expr)
+        if text not in self.names:
+            raise NoMeaning(f"a tensor of size {self.spell(text)}")
+        return self.names[text]
 
     def spell(self, text: str) -> str:
-        """Torch's names of the symbols replaced by the dims'."""
         for symbol, dim in self.names.items():
             text = text.replace(symbol, dim)
         return text
 
     def number(self, value: Any, loc: Loc | None) -> Node:
-        """A Python number, possibly computed from sizes, as an expression."""
         if isinstance(value, (SymInt, SymFloat, SymBool)):
             return self._expression(value.node.expr, loc)
-        return const(float(value), loc)
+        return super().number(value, loc)
 
     def _expression(self, e: sympy.Basic, loc: Loc | None) -> Node:
         if isinstance(e, sympy.Symbol):
@@ -110,7 +98,6 @@ class Sizes:
         return node
 
     def refuse_guards(self, where: str) -> None:
-        """A size that was compared for equality was taken for a number, or for another dim."""
         for guard in self.env.guards:
             if isinstance(guard.expr, sympy.Eq):
                 raise MixedDims(

@@ -1,20 +1,21 @@
-"""Stop 2 of the walk: the step runs once on fake tensors of symbolic sizes; what it does becomes expressions.
+"""Stop 2 of the walk: the step runs once on small tensors; what it does becomes expressions.
 
 A dispatch mode (recorder.py) sees plain aten operations: the inner gradient of `torch.func.grad` and the batching of
-`torch.func.vmap` are already gone. operations.py says what each means in named axes, symbols.py what sizes are.
+`torch.func.vmap` are already gone. operations.py says what each means in named axes, sizes.py what sizes are.
 Next: analysis/.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lmoe_compiler.errors import (
     LmoeError,
@@ -26,7 +27,8 @@ from lmoe_compiler.ir.spec import base
 from lmoe_compiler.operations import Context, Named, another, relabel
 from lmoe_compiler.recorder import Recorder
 from lmoe_compiler.side_effects import refuse_side_effects
-from lmoe_compiler.symbols import Sizes
+from lmoe_compiler.sizes import PRIMES, Numbers, Sizes
+from lmoe_compiler.symbols import Symbols
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ class Traced:
     output: Node
     output_axes: tuple[str, ...]
     step: Callable[..., Any]
+
+
+def differentiates(code: CodeType) -> bool:
+    """Whether a step has an inner gradient: torch imports all of Dynamo, and Triton, when it takes one."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return bool(GRADIENTS & set(code.co_names)) or any(map(differentiates, inner))
+
+
+GRADIENTS = {"grad", "grad_and_value", "vjp", "jacrev", "hessian"}
 
 
 @contextmanager
@@ -61,12 +72,43 @@ def trace(
     inputs: Sequence[Var],
     static: Sequence[tuple[str, int]],
 ) -> Traced:
-    """Run `step` once on symbols."""
+    """The step as expressions. It runs on symbols only if numbers for sizes are not enough, or it has a mistake."""
     refuse_side_effects(step)
-    sizes = Sizes([*states, *inputs], dict(static))
+    run = partial(_run, name, step, tuple(states), tuple(inputs), tuple(static))
+    return by_numbers(run, [*states, *inputs], dict(static)) or run(
+        Symbols([*states, *inputs], dict(static))
+    )
+
+
+def by_numbers(
+    run: Callable[[Sizes], Traced], variables: Sequence[Var], static: Mapping[str, int]
+) -> Traced | None:
+    """The trace with primes for sizes, if no size got into it: none is asked for, and other primes give the same."""
+    found = []
+    for primes in (PRIMES, PRIMES[::-1]):
+        sizes = Numbers(variables, static, primes)
+        try:
+            found.append(run(sizes))
+        # What is wrong is said in terms of dims when the step runs on symbols.
+        except Exception:
+            return None
+        if sizes.reads.any:
+            return None
+    return found[0] if found[0] == found[1] else None
+
+
+def _run(
+    name: str,
+    step: Callable[..., Any],
+    states: tuple[Var, ...],
+    inputs: tuple[Var, ...],
+    static: tuple[tuple[str, int], ...],
+    sizes: Sizes,
+) -> Traced:
+    """Run `step` once on tensors of these sizes."""
     recorder = Recorder(step.__code__.co_filename, sizes)
-    with FakeTensorMode(shape_env=sizes.env), default_float(torch.float32):
-        args = [torch.empty([sizes.of[base(a)] for a in v.axes]) for v in (*states, *inputs)]
+    with sizes.running(), default_float(torch.float32):
+        args = sizes.arguments()
         for var, arg in zip((*states, *inputs), args, strict=True):
             recorder.define(arg, Named(var.node, var.axes))
         try:
@@ -83,8 +125,8 @@ def trace(
     sizes.refuse_guards(recorder.line_of_definition(step))
     *next_states, output = results
     return Traced(
-        name, tuple(states), tuple(inputs), tuple(static), tuple(x.node for x in next_states),
-        _filled(output), tuple(a for a in output.axes if a is not None), step,
+        name, states, inputs, static, tuple(x.node for x in next_states), _filled(output),
+        tuple(a for a in output.axes if a is not None), step,
     )  # fmt: skip
 
 

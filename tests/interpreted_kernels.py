@@ -14,6 +14,7 @@ from cases import CASES, Case, Sizes, make_inputs
 from differentiated import Result, as_argument, as_list, differentiated, scan
 
 from lmoe_compiler.codegen import compiled, run
+from lmoe_compiler.codegen import plan as plans
 from lmoe_compiler.codegen.plan import Choice, Tuning
 
 # Rows past the end divide zero by zero before they are masked; numpy says so, a GPU does not.
@@ -38,11 +39,12 @@ PREPARED = replace(WHOLE, prepare=True, prepare_rows=True)
 PLANS = {
     "whole": WHOLE,
     "prepared": PREPARED,
-    "segments": replace(PREPARED, segments=3),
+    "spans": replace(PREPARED, span=32),
     "tiles": replace(PREPARED, kernels=(("gradients", Tuning(block=16)),)),
     "inner": replace(
         PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))
     ),
+    "products": replace(PREPARED, products=True, kernels=(("products", Tuning(block=16)),)),
     "fused": replace(PREPARED, fused=True),
 }
 
@@ -83,10 +85,28 @@ def test_every_variant(name):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_plan(name, plan, monkeypatch):
-    """What is stored, recomputed, tiled or cut into segments changes nothing."""
+    """What is stored, recomputed, tiled or cut into spans changes nothing."""
     monkeypatch.setattr(compiled, "choose", lambda *_: PLANS[plan])
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     check(BY_NAME[name], Sizes(B=1, T=70, H=1, K=40, V=20))
+    run.forget()
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
+def test_packed_documents_in_spans(name, monkeypatch):
+    """Every document has spans of its own, scanned side by side in both directions."""
+    monkeypatch.setattr(run, "choose", lambda *_: PLANS["spans"])
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    run.forget()
+    case, ends = BY_NAME[name], torch.tensor([0, 40, 40, 41, 120], dtype=torch.int32)
+    exact, rounded = single(Sizes(B=1, T=120, H=1, K=8, V=6), case)
+    starts = [x.repeat(4, *(1,) * (x.dim() - 1)) for x in exact[1]]
+    kernels = case.recurrence.with_options(implementation="triton")
+    assert_close(
+        differentiated(kernels, rounded[0], [x.float() for x in starts], cu_seqlens=ends),
+        differentiated(case.recurrence.reference, exact[0], starts, cu_seqlens=ends),
+    )
     run.forget()
 
 

@@ -192,8 +192,8 @@ def test_export_keeps_a_symbolic_length():
         same([exported.module()(*other)], [gated(*other)])
 
 
-def test_first_use_under_any_context():
-    """A definition is proved when it is first used; what surrounds that call is not its concern."""
+def test_definition_under_any_context():
+    """A definition is proved where it is written; what surrounds it there is not its concern."""
 
     def fresh():
         @lmoe.recurrence

@@ -29,6 +29,7 @@ LAYERS = (
     ("ir",),
     ("layout",),
     ("operations", "side_effects", "experts"),
+    ("sizes",),
     ("symbols",),
     ("recorder",),
     ("trace",),

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kinds import ROWS, M, N
 from random_expressions import SIZES
-from spellings import define, gated_delta_rule
+from spellings import define, delta_rule, gated_delta_rule
 
 import lmoe_compiler as lmoe
-from lmoe_compiler import Head, State, Token, recurrence
+from lmoe_compiler import Head, State, Token, definition, recurrence
 from lmoe_compiler.dims import K
 from lmoe_compiler.ir.interpret import Value, evaluate
 from lmoe_compiler.ir.nodes import topological
-from lmoe_compiler.trace import trace
+from lmoe_compiler.symbols import Symbols
+from lmoe_compiler.trace import _run as run_on
+from lmoe_compiler.trace import by_numbers, trace
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -68,6 +73,65 @@ def test_every_operation_keeps_a_line_of_the_step(name):
         assert node.loc.file == step.__code__.co_filename
         assert start <= node.loc.line < start + len(source)
         assert node.loc.text in source[node.loc.line - start]
+
+
+def looks_at_a_size(S, q, k, v):
+    S = S + torch.outer(k, v) if q.shape[0] > 5 else S
+    return S, S.T @ q
+
+
+def computes_with_a_size(S, q, k, v):
+    S = S + torch.outer(k, v)
+    return S, S.T @ q * len(q) ** -0.5
+
+
+def walks_along_a_dim(S, q, k, v):
+    return sum(row * 0 for row in S) + S, S.T @ q
+
+
+def averages(S, q, k, v):
+    S = S + torch.outer(k, v)
+    return S, torch.nn.functional.layer_norm(S.T @ q, v.shape)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_numbers_for_sizes_give_what_symbols_give(name):
+    """Most steps are traced without a symbol; the expressions are the same ones."""
+    r = ROWS[name].recurrence
+    static = tuple(dict.fromkeys(r.static_dims, 2).items())
+    run = partial(run_on, r.name, r.definition, r.states, r.inputs, static)
+    found = by_numbers(run, [*r.states, *r.inputs], dict(static))
+    if found is not None:
+        assert found == run(Symbols([*r.states, *r.inputs], dict(static)))
+
+
+@pytest.mark.parametrize(
+    "step", [looks_at_a_size, computes_with_a_size, walks_along_a_dim, averages]
+)
+def test_numbers_are_not_taken_for_a_step_that_looks_at_sizes(step):
+    r = ROWS["linear_attention"].recurrence
+    run = partial(run_on, r.name, step, r.states, r.inputs, ())
+    assert by_numbers(run, [*r.states, *r.inputs], {}) is None
+
+
+def test_nothing_of_dynamo_is_imported_for_a_plain_step():
+    """The first trace of a process costs milliseconds, not Dynamo's import."""
+    code = """
+import sys, torch
+from lmoe_compiler import State, Token, recurrence
+from lmoe_compiler.dims import K, V
+
+@recurrence
+def delta_rule(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], beta: Token):
+    k = torch.nn.functional.normalize(torch.nn.functional.elu(k), dim=0)
+    S = S + torch.outer(k, torch.sigmoid(beta) * (v - S.T @ k))
+    return S, S.T @ q
+
+assert delta_rule.transition.kind == "rank_one"
+assert "torch._dynamo" not in sys.modules
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_line_inside_an_inner_loss():
@@ -212,3 +276,16 @@ def test_operations_of_a_step(name):
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y)
     assert r.ir.transition.kind == "identity"
+
+
+def test_a_definition_is_checked_where_it_is_written(monkeypatch):
+    """A mistake in the algebra does not wait for a call: the decorator compares the program with the step."""
+    another = delta_rule()[0].ir
+    monkeypatch.setattr(definition, "analyse", lambda traced, bounds: another)
+
+    def step(S, q, k, v, b):
+        S = S + torch.outer(k, b * v)
+        return S, S.T @ q
+
+    with pytest.raises(AssertionError, match="differs from its step in the state S"):
+        define(step, b=Token)

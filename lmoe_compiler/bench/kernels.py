@@ -1,18 +1,25 @@
-"""`lmoe bench kernels`: ours and the library's forward and backward, one process a cell: table, JSON, plot."""
+"""`lmoe bench kernels`: ours beside the library's, one process a cell; rows are appended to a file as they come.
+
+1. first    every cell's first call with caches of its own that are empty, several at a time
+2. measure  the same cell again in a fresh process and with those caches, alone on the device
+3. the table, the gates of issue 3 and the picture (also `lmoe bench table`)
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmoe_compiler.bench.measure import versions
-from lmoe_compiler.bench.plot import bars
+from lmoe_compiler.bench import table
+from lmoe_compiler.bench.library import load_choices
+from lmoe_compiler.bench.measure import require_device, versions
+from lmoe_compiler.bench.processes import Answer, Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import (
     GATE,
     GATE_SHAPES,
@@ -21,121 +28,91 @@ from lmoe_compiler.bench.workloads import (
     WIDE_SHAPES,
     WORKLOADS,
     Shape,
+    shape_of,
+    tuned_as,
 )
+from lmoe_compiler.config import CACHE_DIR
 
-COLUMNS = (
-    ("op", 17), ("B,T,H,D", 16), ("fwd us", 8), ("of floor", 9), ("both us", 8), ("of floor", 9),
-    ("fla fwd", 8), ("ratio", 6), ("fla both", 9), ("ratio", 6), ("kernels", 9), ("fla", 7),
-    ("peak MiB", 9), ("fla", 7), ("first s", 8), ("fla s", 7),
-)  # fmt: skip
+GRIDS = {"gate": (GATE, GATE_SHAPES), "wide": (WIDE, WIDE_SHAPES), "more": (GATE, MORE_SHAPES)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    op: str
+    shape: Shape
+    side: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.side}-{self.op}-{'x'.join(map(str, self.shape))}"
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench kernels", description=__doc__)
     parser.add_argument("--against", choices=["fla"], help="also time flash-linear-attention")
+    parser.add_argument("--chosen", type=Path, help="what `lmoe bench library` wrote")
+    parser.add_argument("--softmax", action="store_true", help="also time softmax attention")
     parser.add_argument("--ops", nargs="+", choices=sorted(WORKLOADS), help="only these")
-    parser.add_argument("--grid", choices=["gate", "wide", "more"], default="gate")
+    parser.add_argument("--grid", nargs="+", choices=list(GRIDS), default=["gate"])
     parser.add_argument("--shapes", nargs="+", help="B,T,H,D instead of the grid's")
-    parser.add_argument("--limit", type=int, default=120, help="seconds of one cell, default 120")
+    parser.add_argument("--limit", type=float, default=90, help="seconds of one cell, default 90")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--skip-first", action="store_true", help="no first calls without caches")
+    parser.add_argument("--profile", action="store_true", help="also print every kernel's time")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--cache", type=Path, help="caches of the cells; default: in --out")
     chosen = parser.parse_args(argv)
-    cells = list(grid(chosen.grid, chosen.ops, chosen.shapes))
-    sides = ("ours", "fla") if chosen.against else ("ours",)
-    rows: list[dict[str, Any]] = []
-    print(header(), flush=True)
-    for op, shape in cells:
-        found = {side: run_cell(op, shape, side, chosen.limit) for side in sides}
-        rows += found.values()
-        print(line(op, shape, found), flush=True)
-    print(summary(rows))
-    save(rows, chosen.out)
-    return 0 if all("error" not in row for row in rows if row["side"] == "ours") else 1
+    require_device(library=bool(chosen.against))
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    results = chosen.out / "results.jsonl"
+    cache = (chosen.cache or chosen.out / "cache").absolute()
+    choices = load_choices(chosen.chosen)
+    cells = list(grid(chosen))
+    if not chosen.skip_first:
+        shutil.rmtree(cache, ignore_errors=True)
+        compiled = [task(c, "first", cache, choices) for c in cells if c.side != "softmax"]
+        for answer in side_by_side(compiled, chosen.limit, chosen.workers):
+            append(results, answer)
+    measured = [task(c, "measure", cache, choices) for c in cells]
+    for answer in one_by_one(measured, chosen.limit):
+        append(results, answer)
+    return table.main([str(results), *(["--profile"] if chosen.profile else [])])
 
 
-def grid(
-    name: str, ops: Sequence[str] | None, shapes: Sequence[str] | None
-) -> Iterable[tuple[str, Shape]]:
-    workloads = {"gate": GATE, "wide": WIDE, "more": GATE}[name]
-    default = {"gate": GATE_SHAPES, "wide": WIDE_SHAPES, "more": MORE_SHAPES}[name]
-    given: Iterable[Shape] = default
-    if shapes:
-        given = [tuple(int(n) for n in text.split(",")) for text in shapes]  # type: ignore[misc]
-    for op in ops or [w.name for w in workloads]:
-        for shape in given:
-            yield op, shape
+def grid(chosen: argparse.Namespace) -> Iterator[Cell]:
+    """The library where there is a gate for it; softmax once a shape, with the first op's q, k and v."""
+    given = [shape_of(text) for text in chosen.shapes or ()]
+    seen: set[Shape] = set()
+    for name in chosen.grid:
+        workloads, shapes = GRIDS[name]
+        for workload in workloads:
+            if chosen.ops and workload.name not in chosen.ops:
+                continue
+            for shape in given or shapes:
+                yield Cell(workload.name, shape, "ours")
+                if chosen.against and name != "more":
+                    yield Cell(workload.name, shape, "fla")
+                if chosen.softmax and shape not in seen:
+                    seen.add(shape)
+                    yield Cell("linear_attention", shape, "softmax")
 
 
-def run_cell(op: str, shape: Shape, side: str, limit: int) -> dict[str, Any]:
-    """The worker's row, or one with `error`. The library keeps what it tuned in Triton's cache folder."""
-    if side == "fla" and WORKLOADS[op].library is None:
-        return {"op": op, "shape": shape, "side": side, "error": "no library call"}
-    command = [sys.executable, "-m", "lmoe_compiler.bench.worker", json.dumps([op, shape, side])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"op": op, "shape": shape, "side": side, "error": f"more than {limit} s"}
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"op": op, "shape": shape, "side": side, "error": reason[:200]}
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return row
+def task(cell: Cell, what: str, cache: Path, choices: dict[str, Any]) -> Task:
+    work: dict[str, Any] = {"what": what, "op": cell.op, "shape": cell.shape, "side": cell.side}
+    if cell.side == "fla":
+        work["chosen"] = choices.get(tuned_as(WORKLOADS[cell.op], cell.shape))
+    own = cache / cell.name
+    return Task(work, {"TRITON_CACHE_DIR": str(own), CACHE_DIR: str(own / "lmoe")})
 
 
-def header() -> str:
-    return " ".join(f"{name:>{width}}" for name, width in COLUMNS)
-
-
-def line(op: str, shape: Shape, found: dict[str, dict[str, Any]]) -> str:
-    ours, fla = found["ours"], found.get("fla", {})
-    cells = [op, ",".join(map(str, shape))]
-    cells += [_cell(ours, "forward_us"), _share(ours, "forward")]
-    cells += [_cell(ours, "both_us"), _share(ours, "both")]
-    for key in ("forward_us", "both_us"):
-        cells += [_cell(fla, key), _ratio(ours, fla, key)]
-    for side in (ours, fla):
-        kernels = [str(side.get(k, "-")) for k in ("forward_kernels", "both_kernels")]
-        cells.append("/".join(kernels))
-    cells += [_cell(ours, "peak_mib"), _cell(fla, "peak_mib")]
-    cells += [
-        f"{side['first_call_s']:.1f}" if "first_call_s" in side else "-" for side in (ours, fla)
-    ]
-    errors = [f"  {side}: {row['error']}" for side, row in found.items() if "error" in row]
-    table = " ".join(f"{c:>{width}}" for c, (_, width) in zip(cells, COLUMNS, strict=True))
-    return "\n".join([table, *errors])
-
-
-def _cell(row: dict[str, Any], key: str) -> str:
-    return f"{row[key]:.0f}" if key in row else "-"
-
-
-def _share(row: dict[str, Any], key: str) -> str:
-    return f"{row[f'{key}_floor_us'] / row[f'{key}_us']:.0%}" if f"{key}_us" in row else "-"
-
-
-def _ratio(ours: dict[str, Any], fla: dict[str, Any], key: str) -> str:
-    return f"{fla[key] / ours[key]:.2f}" if key in ours and key in fla else "-"
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Geometric mean of the library's time over ours, by op."""
-    cells = {(r["op"], tuple(r["shape"]), r["side"]): r for r in rows if "error" not in r}
-    lines = []
-    for op in dict.fromkeys(r["op"] for r in rows):
-        means = []
-        for key in ("forward_us", "both_us"):
-            ratios = [
-                cells[o, s, "fla"][key] / row[key]
-                for (o, s, side), row in cells.items()
-                if o == op and side == "ours" and (o, s, "fla") in cells
-            ]
-            if ratios:
-                means.append(f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x")
-        if means:
-            lines.append(f"{op}: {' forward, '.join(means)} forward and backward")
-    return "\n".join(lines)
-
-
-def save(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kernels.json").write_text(json.dumps({**versions(), "rows": list(rows)}, indent=1))
-    bars(rows, folder / "kernels.png")
+def append(path: Path, answer: Answer) -> None:
+    """One line a row; a worker that failed leaves a row with `error`."""
+    work = {name: x for name, x in answer.task.work.items() if name != "chosen"}
+    rows = answer.rows or [work]
+    if answer.error:
+        rows[-1]["error"] = answer.error
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row | versions()) + "\n")
+    brief = {k: v for k, v in rows[-1].items() if k.endswith(("_us", "_s", "error"))}
+    print(work["what"], work["side"], work["op"], work["shape"], brief, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -11,8 +12,26 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from lmoe_compiler.errors import ImplementationUnavailable
+
 COPY_BANDWIDTH = 4.2e12
 """Bytes a second of a device-to-device copy on an H200, read plus written: what "floor" is measured in."""
+
+
+def require_device(*, library: bool) -> None:
+    """Raises ImplementationUnavailable before any worker starts: no GPU, or no flash-linear-attention."""
+    if not torch.cuda.is_available():
+        raise ImplementationUnavailable(
+            "there is no CUDA device to time kernels on",
+            why=f"torch {torch.__version__} sees none",
+            try_="lmoe bench resources gla   # registers and spills, without a GPU",
+        )
+    if library and importlib.util.find_spec("fla") is None:
+        raise ImplementationUnavailable(
+            "flash-linear-attention is not installed",
+            why="`fla` cannot be imported",
+            try_="pip install --target somewhere fla-core einops; PYTHONPATH=somewhere lmoe bench ...",
+        )
 
 
 def median_us(function: Callable[[], object], rep_ms: int = 100) -> float:
@@ -29,11 +48,14 @@ def first_call_seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def kernels_launched(function: Callable[[], object]) -> int:
+def kernel_times(function: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """Kernels of one call, in order of their time: name, launches, microseconds of all of them."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         function()
         torch.cuda.synchronize()
-    return sum(e.count for e in recorded.key_averages() if e.device_type.name == "CUDA")
+    found = [e for e in recorded.key_averages() if e.device_type.name == "CUDA"]
+    times = [(e.key, e.count, float(e.self_device_time_total)) for e in found]
+    return sorted(times, key=lambda time: -time[2])
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.bench.plans import call_of
-from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WORKLOADS, Shape
+from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WORKLOADS, Shape, shape_of
 from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.cost import by_rule, device, segmented
 from lmoe_compiler.codegen.partition import Call
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.parse_args(argv)
     shapes: Sequence[Shape] = GATE_SHAPES
     if chosen.shapes:
-        shapes = [tuple(int(n) for n in text.split(",")) for text in chosen.shapes]  # type: ignore[misc]
+        shapes = [shape_of(text) for text in chosen.shapes]
     name = tuned.FILES.get(device().name)
     path = chosen.out or (tuned.FOLDER / name if name else Path("tuned.json"))
     empty: dict[str, Any] = {"device": device().name, "rows": {}}

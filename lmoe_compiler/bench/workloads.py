@@ -35,6 +35,12 @@ MORE_SHAPES: tuple[Shape, ...] = (
 )
 
 
+def shape_of(text: str) -> Shape:
+    """A shape as it is written on a command line: 2,16384,16,128."""
+    batch, length, heads, size = (int(n) for n in text.split(","))
+    return batch, length, heads, size
+
+
 def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
@@ -50,32 +56,46 @@ def rates(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Library:
-    """A call of flash-linear-attention. `order` are its tensors by our names, `options` its keywords."""
+    """A call of flash-linear-attention, or of torch.
+
+    order     its tensors, by our names
+    options   its keywords
+    prepare   its tensors from our inputs, where they differ. This is done once and not timed: what our kernels do
+              themselves (activations of gates, a skip connection) is given to the library for nothing.
+    """
 
     module: str
     function: str
     order: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[..., dict[str, Tensor]] = dict
 
-    def bind(self, tensors: dict[str, Tensor]) -> Callable[[], Tensor]:
-        function = getattr(importlib.import_module(f"fla.ops.{self.module}"), self.function)
-        named = {name: tensors[name] for name in self.order}
+    def find(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return found
+
+    def bind(self, inputs: dict[str, Tensor]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """The call, and the tensors that it is differentiated by."""
+        function, prepared = self.find(), self.prepare(**inputs)
+        named = {name: prepared[name].detach().requires_grad_() for name in self.order}
 
         def call() -> Tensor:
-            result: Tensor = function(**named, **self.options)[0]
-            return result
+            result = function(**named, **self.options)
+            return result[0] if isinstance(result, tuple) else result
 
-        return call
+        return call, list(named.values())
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A recurrence by name, how its inputs are made from noise, and who else computes it."""
+    """A recurrence by name, how its inputs are made from noise, and who else computes it. `family`: what the gates of
+    issue 3 take together."""
 
     name: str
     gates: dict[str, Maker] = field(default_factory=dict)
     library: Library | None = None
     fp32: tuple[str, ...] = ("g",)
+    family: str = ""
 
 
 SCALE = {"scale": 1.0}
@@ -83,49 +103,113 @@ KEYS: dict[str, Maker] = {"q": unit, "k": unit}
 DELTA: dict[str, Maker] = {**KEYS, "beta": torch.sigmoid}
 QKV = ("q", "k", "v")
 
+
+def _hgrn2(q: Tensor, f: Tensor, v: Tensor) -> dict[str, Tensor]:
+    gate = torch.sigmoid(f.float())
+    return {"q": q, "k": (1 - gate).to(f.dtype), "v": v, "g": gate.log().to(f.dtype)}
+
+
+def _mamba2(
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A_log: Tensor, dt_bias: Tensor, D: Tensor
+) -> dict[str, Tensor]:
+    """Without the skip connection D v."""
+    dt = F.softplus(dt + dt_bias)
+    return {"q": q, "k": k, "v": (dt[..., None] * v).to(v.dtype), "g": -A_log.exp() * dt}
+
+
+def _rwkv7(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, kappa: Tensor, a: Tensor
+) -> dict[str, Tensor]:
+    kappa = F.normalize(kappa.float(), dim=-1)
+    removed = {"a": (-kappa).to(k.dtype), "b": (a * kappa).to(k.dtype)}
+    return {"r": q, "w": g, "k": k, "v": v, **removed}
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    found = {"query": q, "key": k, "value": v}
+    return {name: x.transpose(1, 2).contiguous() for name, x in found.items()}
+
+
 GATE = (
     Workload(
         "linear_attention",
         KEYS,
-        Library("linear_attn", "chunk_linear_attn", QKV, {**SCALE, "normalize": False}),
+        Library("fla.ops.linear_attn", "chunk_linear_attn", QKV, {**SCALE, "normalize": False}),
+        family="scalar",
     ),
     Workload(
         "simple_gla",
         {**KEYS, "g": F.logsigmoid},
-        Library("simple_gla", "chunk_simple_gla", (*QKV, "g"), SCALE),
+        Library("fla.ops.simple_gla", "chunk_simple_gla", (*QKV, "g"), SCALE),
+        family="scalar",
     ),
     Workload(
         "gla",
         {**KEYS, "g": F.logsigmoid},
-        Library("gla", "chunk_gla", (*QKV, "g"), SCALE),
+        Library("fla.ops.gla", "chunk_gla", (*QKV, "g"), SCALE),
         fp32=(),
+        family="gla",
     ),
     Workload(
         "delta_rule",
         DELTA,
-        Library("delta_rule", "chunk_delta_rule", (*QKV, "beta"), SCALE),
+        Library("fla.ops.delta_rule", "chunk_delta_rule", (*QKV, "beta"), SCALE),
+        family="delta",
     ),
     Workload(
         "gated_delta_rule",
         {**DELTA, "g": F.logsigmoid},
-        Library("gated_delta_rule", "chunk_gated_delta_rule", (*QKV, "g", "beta"), SCALE),
+        Library("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", (*QKV, "g", "beta"), SCALE),
+        family="delta",
     ),
     Workload(
         "kda",
         {**DELTA, "g": F.logsigmoid},
-        Library("kda", "chunk_kda", (*QKV, "g", "beta"), SCALE),
+        Library("fla.ops.kda", "chunk_kda", (*QKV, "g", "beta"), SCALE),
         fp32=(),
+        family="delta",
     ),
 )
 WIDE = (
     Workload(
-        "retention", {**KEYS, "gamma": rates}, Library("retention", "chunk_retention", QKV, SCALE)
+        "retention",
+        {**KEYS, "gamma": rates},
+        Library("fla.ops.retention", "chunk_retention", QKV, SCALE),
     ),
-    Workload("hgrn2", {"f": torch.sigmoid}, fp32=()),
-    Workload("rwkv7", {**KEYS, "g": bounded, "a": torch.sigmoid}, fp32=()),
-    Workload("mamba2", KEYS, fp32=("dt",)),
+    Workload(
+        "hgrn2",
+        {"q": unit},
+        Library("fla.ops.gla", "chunk_gla", (*QKV, "g"), SCALE, _hgrn2),
+        fp32=(),
+    ),
+    Workload(
+        "rwkv7",
+        {**KEYS, "g": bounded, "a": torch.sigmoid},
+        Library("fla.ops.rwkv7", "chunk_rwkv7", ("r", "w", "k", "v", "a", "b"), SCALE, _rwkv7),
+        fp32=(),
+    ),
+    Workload(
+        "mamba2",
+        KEYS,
+        Library("fla.ops.simple_gla", "chunk_simple_gla", (*QKV, "g"), SCALE, _mamba2),
+        fp32=("dt",),
+    ),
 )
+SOFTMAX = Library(
+    "torch.nn.functional",
+    "scaled_dot_product_attention",
+    ("query", "key", "value"),
+    {"is_causal": True, **SCALE},
+    _heads_first,
+)
+"""For scale: causal softmax attention over the same q, k and v."""
 WORKLOADS = {w.name: w for w in (*GATE, *WIDE)}
+
+
+def tuned_as(workload: Workload, shape: Shape) -> str:
+    """The name of a cell's choices in the library: ops that call the same function share them."""
+    assert workload.library is not None
+    return f"{workload.library.function} {','.join(map(str, shape))}"
 
 
 def make_inputs(

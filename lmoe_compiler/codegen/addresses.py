@@ -73,8 +73,8 @@ class Addresses:
         self.splits += [
             (axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner
         ]
-        self.in_loop = False
-        self.at = ("i_t", "m_t")
+        self.in_loop, self.level, self.guard = False, "", ""
+        self.at, self.slot, self.at_span = ("i_t", "m_t"), "i_slot", "i_s"
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1
 
@@ -172,20 +172,31 @@ class Addresses:
         if value.per == "vector":
             row, mask = self.at
             return f"{name} + i_h.to(tl.int64) * TOKENS + {row} + o_t", mask, (ROW,)
-        slot = "i_slot"
+        slot = self.slot
         if value.parts:
             (axis,) = (identifier(a) for a in self.kernel.tile_sizes)
             slots = f"(tl.num_programs(0) // (H * tl.cdiv({axis}, B{axis})))"
-            slot = f"(i_{axis}.to(tl.int64) * {slots} + i_slot)"
+            slot = f"(i_{axis}.to(tl.int64) * {slots} + {slot})"
         index = {
             "chunk": f"({slot} * H + i_h)",
             "sequence": "(i_n.to(tl.int64) * H + i_h)",
-            "segment": "((i_n.to(tl.int64) * SEGMENTS + i_s) * H + i_h)",
+            "span": f"(({self.first_slot(value.span)} + {self.span_index(value)}).to(tl.int64) * H + i_h)",
             "head": "i_h",
         }[value.per]
         return self.state_block(name, index, value.axes)
 
+    def first_slot(self, tokens: int) -> str:
+        """The first slot of this sequence among all sequences' parts of so many tokens."""
+        return f"bos // {tokens} + i_n" if self.plan.varlen else f"i_n * tl.cdiv(T, {tokens})"
+
+    def span_index(self, value: Value) -> str:
+        """Which span of its sequence a program reads or writes: its own, or the one that a chunk lies in."""
+        if self.kernel.span == value.span:
+            return self.at_span
+        return f"i_c // {value.span // self.plan.chunk}"
+
     def load_text(self, pointers: str, mask: str) -> str:
+        mask = " & ".join(m for m in (mask, self.guard) if m)
         return f"tl.load({pointers}, mask={mask}, other=0.0)" if mask else f"tl.load({pointers})"
 
     def load(self, value: Value) -> Block:

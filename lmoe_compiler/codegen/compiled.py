@@ -29,7 +29,7 @@ from lmoe_compiler.codegen.partition import (
     forward_plan,
     step_plan,
 )
-from lmoe_compiler.codegen.plan import Choice, Plan
+from lmoe_compiler.codegen.plan import KEPT_SPAN, Choice, Plan, Value, kept_states
 from lmoe_compiler.codegen.supported import DTYPES, axis_sizes
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program
@@ -160,6 +160,7 @@ class Request:
         names = [v.name for v in self.program.inputs]
         names += [f"{name}_start" for name in states] if self.has_states else []
         if self.is_backward:
+            names += self.kept
             names += [f"d{OUTPUT}"] if self.direction == "backward" else []
             names += [f"d{n}_end" for n, there in zip(states, self.ends, strict=True) if there]
         return (*names, "cu_seqlens") if self.documents is not None else tuple(names)
@@ -171,7 +172,13 @@ class Request:
             starts = [f"d{name}_start" for name in states] if self.has_states else []
             return (*(f"d{v.name}" for v in self.program.inputs), *starts)
         output = () if self.direction == "ends" else (OUTPUT,)
-        return (*output, *(f"{name}_end" for name in states))
+        kept = () if self.is_step else self.kept
+        return (*output, *(f"{name}_end" for name in states), *kept)
+
+    @property
+    def kept(self) -> list[str]:
+        """What the forward keeps for the backward."""
+        return [v.name for v in kept(self.program)]
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -195,7 +202,9 @@ class Request:
             direction = "backward" if self.is_backward else "forward"
             chosen = choose(program, direction, call, batch, length)
         size = self.options.chunk_size
-        return chosen if size is None else replace(chosen, chunk=max(16, 1 << (size - 1).bit_length()))
+        if size is None:
+            return chosen
+        return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
 
     def plan(self, choice: Choice) -> Plan:
         program, call = self.program, self.call
@@ -213,11 +222,10 @@ class Request:
         )
         return _without_output(plan) if self.direction == "ends" else plan
 
-    def extent(self, chunk: int) -> Extent:
+    @property
+    def extent(self) -> Extent:
         batch, length = self.lengths
-        return Extent(
-            batch, length, self.documents or batch, chunk, self.documents is not None
-        )
+        return Extent(batch, length, self.documents or batch, self.documents is not None)
 
     def make(self, choice: Choice, notes: Sequence[str] = ()) -> Executable:
         plan = self.plan(choice)
@@ -235,7 +243,7 @@ def _first(
     """Plan, compile and run; a plan that does not fit gives way to a smaller one."""
     executable = executable_of(request)
     while True:
-        prepared = executable.prepare(request.extent(executable.plan.chunk))
+        prepared = executable.prepare(request.extent)
         try:
             results = executable(prepared, given, into)
             break
@@ -278,6 +286,11 @@ def report(program: Program, inputs: Sequence[layout.Measured], options: Options
         pages += [f"{request.direction}:", *(f"  {line}" for line in lines(executable.plan))]
         pages += [f"  note: {note}" for note in executable.notes]
     return "\n".join(pages)
+
+
+def kept(program: Program) -> tuple[Value, ...]:
+    """The states that a forward in chunks keeps; a walk token by token keeps none."""
+    return () if chunk_of(program) is None else kept_states(program)
 
 
 def _without_output(plan: Plan) -> Plan:

@@ -25,12 +25,16 @@ B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 RULES = """\
+H200, B2 T16384 H16 K = V = 128, bf16; microseconds of one kernel
 scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
-chunk 32, 3 stages, solves     428 us against 395-600 us at chunk 64, and prepare takes 127 us instead of 230
+chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
-prepare: 1 warp at chunk 32    the triangular inverse is latency: many small programs hide it
-parallel kernels: 4 warps, tile 64   2 to 4 blocks an SM; 8 warps doubled the time
-segments                       as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
+prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138, 2 warps 206, 4 warps 368)
+prepare, levels                16 keys and 1 warp (529; 32 keys and 4 warps 1147), with solves 32 keys and 2 warps
+products, solves               values contracted apart: 560 + 433 against 1496; with levels 580 + 1862 against 3439
+gradients, solves              1 warp walks tiles of 32 keys (433; 4 warps 1413): no barrier, and 8 programs an SM
+adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867 against 909)
+spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
 fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
 
 
@@ -106,8 +110,9 @@ def _cost(plan: Plan, kernel: Kernel) -> Cost:
     products = [n for n in nodes if n.op == "dot" and n not in cut]
     flops = sum((2 * B * H * chunks * _volume(n, sizes) for n in products), sympy.Integer(0))
     parallel = kernel.order == "parallel"
-    steps = 1 if parallel else chunks / kernel.segments
-    programs = B * H * tiles * (chunks if parallel else kernel.segments)
+    spans = sympy.ceiling(T / kernel.span) if kernel.span else sympy.Integer(1)
+    steps = 1 if parallel else chunks / spans
+    programs = B * H * tiles * (chunks if parallel else spans)
     chain = sympy.sympify(steps) * (_depth(kernel, nodes, cut) + 1)
     return Cost(kernel.name, moved, flops, programs, chain)
 
@@ -161,46 +166,73 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     steps = _steps(program)
     solves = any(s.feedbacks for s in steps)
     vector = any(d.factor.axes for s in steps for d in s.decays)
-    may_cut = segmented(program, direction) and not call.varlen
-    segments = _segments(call, batch, length) if may_cut else 1
-    half = call.dtype != "fp32"
+    if call.dtype == "fp32":
+        return _full_precision(solves, vector)
     largest = max((size for _, size in call.sizes), default=16)
-    chunk = (32 if solves or vector or largest > 128 else 64) if half else 16
-    stages = (3 if chunk == 32 else 2) if half else 1
-    # Tiles of keys over programs; the delta rules' many [C, C] products are shared by a loop over keys instead.
-    parallel = Tuning(block=32, num_warps=4, num_stages=1)
-    if solves and half and not vector:
-        parallel = Tuning(block=0, num_warps=4, num_stages=1, inner=64)
-    prepare = Tuning(0, 0, _prepare_warps(chunk, vector), 1, inner=32 if vector and half else 0)
+    chunk = 32 if solves or vector or largest > 128 else 64
+    stages = 3 if chunk == 32 else 2
+    few = solves and _programs(call, batch, 64) < device().sms
     return Choice(
         chunk=chunk,
-        segments=segments,
+        span=_span(call, batch, length) if may_cut(program) else 0,
         prepare=solves or vector,
         prepare_rows=vector,
+        products=solves,
         default=Tuning(block=64, num_warps=4, num_stages=stages),
         kernels=(
-            ("prepare", prepare),
-            ("states", Tuning(64, 0 if solves else 64, 4, 3 if half else 1)),
-            ("gradients", parallel),
+            ("prepare", _prepare(solves, vector)),
+            ("spans", Tuning(64, 0, 4, 3)),
+            ("adjoint_spans", Tuning(64, 0, 4, 3)),
+            ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),
+            ("states", Tuning(64, 0, 4, 3 if solves or vector else 2)),
+            ("products", Tuning(0, 0, 4, 1)),
+            ("gradients", _gradients(solves, vector)),
         ),
     )
 
 
-def _prepare_warps(chunk: int, vector: bool) -> int:
-    return 4 if chunk >= 64 or vector else 1
+def _prepare(solves: bool, vector: bool) -> Tuning:
+    if vector:
+        return Tuning(0, 0, 2, 1, inner=32) if solves else Tuning(0, 0, 1, 1, inner=16)
+    return Tuning(0, 0, 1, 1)
+
+
+def _gradients(solves: bool, vector: bool) -> Tuning:
+    """Tiles of keys: over programs where levels fill the registers, else in a loop that shares the [C, C] products."""
+    if vector:
+        return Tuning(32, 0, 2, 1) if solves else Tuning(64, 0, 4, 1)
+    return Tuning(0, 0, 1, 1, inner=32) if solves else Tuning(0, 0, 4, 2, inner=64)
+
+
+def _full_precision(solves: bool, vector: bool) -> Choice:
+    return Choice(
+        chunk=16,
+        prepare=solves or vector,
+        prepare_rows=vector,
+        default=Tuning(block=64, num_warps=4, num_stages=1),
+        kernels=(
+            ("prepare", Tuning(0, 0, 4 if vector else 1, 1)),
+            ("states", Tuning(64, 0 if solves else 64, 4, 1)),
+            ("gradients", Tuning(32, 0, 4, 1)),
+        ),
+    )
 
 
 def _steps(program: Program) -> list[Step]:
     return [item for item in program.body if isinstance(item, Step)]
 
 
-def segmented(program: Program, direction: str) -> bool:
-    """Whether a sequence may be cut into segments: a span's map must be a scalar or a diagonal."""
-    return direction == "forward" and not any(s.feedbacks for s in _steps(program))
+def may_cut(program: Program) -> bool:
+    """Whether a sequence may be cut into spans: the map of one must be a scalar or a diagonal."""
+    return not any(s.feedbacks for s in _steps(program))
 
 
-def _segments(call: Call, batch: int, length: int) -> int:
-    """Segments that just fill the SMs with two blocks each, of at least 1024 tokens."""
-    values = dict(call.sizes).get("V", 64)
-    programs = batch * call.heads * -(-values // 64)
-    return max(1, min(2 * device().sms // programs, length // 1024))
+def _programs(call: Call, batch: int, tile: int) -> int:
+    """Programs of a scan that is not cut, with tiles of so many values."""
+    return batch * call.heads * -(-dict(call.sizes).get("V", tile) // tile)
+
+
+def _span(call: Call, batch: int, length: int) -> int:
+    """Tokens of spans that just fill the SMs with two blocks each, at least 1024."""
+    spans = min(2 * device().sms // _programs(call, batch, 64), length // 1024)
+    return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0

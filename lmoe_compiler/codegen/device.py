@@ -65,6 +65,18 @@ def weighted_sums(weight, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def running_sum(x, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of the rows up to each. Of vectors on tensor cores: a scan over rows is many shuffles for each of them."""
+    if SPLIT and len(x.shape) == 2:
+        t = tl.arange(0, C)
+        upto = tl.where(t[:, None] >= t[None, :], 1.0, 0.0)
+        sums = weighted_sums(upto, x, SPLIT, PRECISION)
+    else:
+        sums = tl.cumsum(x, 0)
+    return sums
+
+
+@triton.jit
 def exclusive_prefix(x, C: tl.constexpr):
     """Sums of earlier rows, without a difference of sums."""
     t = tl.arange(0, C)
@@ -108,13 +120,15 @@ def between(total, C: tl.constexpr):
 
 @triton.jit
 def first_near(g, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
-    """log2 of the largest blocks (of C, 16 or 1 rows) in which all log decays sum to at most LIMIT."""
+    """log2 of the rows (C, 16 or 1) of blocks in which all log decays surely sum to at most LIMIT.
+
+    For 16 rows that is read off the largest decay: sums of blocks would cost more registers than they save levels.
+    """
     size = tl.abs(g)
-    start = tl.where(tl.max(tl.sum(size, 0), 0) <= LIMIT, LEVELS, 0)
+    start = 0
     if C > 16:
-        blocks = tl.sum(tl.reshape(size, [C // 16, 16, g.shape[1]]), 1)
-        start = tl.where((start == 0) & (tl.max(tl.max(blocks, 1), 0) <= LIMIT), 4, start)
-    return start
+        start = tl.where(tl.max(tl.max(size, 1), 0) * 16 <= LIMIT, 4, 0)
+    return tl.where(tl.max(tl.sum(size, 0), 0) <= LIMIT, LEVELS, start)
 
 
 @triton.jit

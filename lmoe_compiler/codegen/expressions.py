@@ -68,18 +68,29 @@ class Expressions(Addresses):
         }
         starts = [f"first_near({self.fp32(self.value(g)).text}, C, LEVELS, NEAR)" for g in gates]
         self.write(f"start = {reduce(lambda x, y: f'tl.minimum({x}, {y})', starts)}")
+        self.write("if start == LEVELS:")
+        self.depth += 1
+        self.level_body(sums, totals, "LEVELS - 1, LEVELS")
+        self.depth -= 1
+        self.write("else:")
+        self.depth += 1
         self.write("for level in range(tl.maximum(start - 1, 0), LEVELS):")
         self.depth += 1
+        self.level_body(sums, totals, "level, start")
+        self.depth -= 2
+        for node, total in zip(sums, totals, strict=True):
+            self.blocks[id(node)] = total
+
+    def level_body(self, sums: Sequence[Node], totals: Sequence[Block], level: str) -> None:
+        """One level's terms. One near level that covers the chunk is written by itself: its masks are constants."""
         self.in_loop, outside, casts = True, dict(self.blocks), dict(self.casts)
+        self.level = level
         for node, total in zip(sums, totals, strict=True):
             block = self.emit(node.args[0])
             self.write(f"{total.text} += {self.broadcast(block, total.dims)}")
         self.blocks.clear()
         self.blocks.update(outside)
         self.casts, self.in_loop = casts, False
-        self.depth -= 1
-        for node, total in zip(sums, totals, strict=True):
-            self.blocks[id(node)] = total
 
     def statement(self, node: Node) -> Block:
         if node.op == "input":
@@ -98,7 +109,7 @@ class Expressions(Addresses):
         if node.op == "index":
             return self.index(node, self.fp32(operands[0]))
         if node.op == "level_sign":
-            return self.assign("sign", "level_sign(level, start)", ())
+            return self.assign("sign", f"level_sign({self.level})", ())
         if node.op == "delta":
             a, b = node.axes
             dims = tuple(sorted(node.axes, key=self.order))
@@ -114,7 +125,7 @@ class Expressions(Addresses):
             "diagonal": (ROW, SOURCE),
             "diagonal_of": (ROW,),
         }.get(node.op, block.dims)
-        return self.assign("", chunk_op(node, block), dims)
+        return self.assign("", chunk_op(node, block, self.level), dims)
 
     def pointwise(self, node: Node, operands: Sequence[Block]) -> Block:
         dims = tuple(sorted(dict.fromkeys(d for o in operands for d in o.dims), key=self.order))
@@ -216,4 +227,9 @@ class Expressions(Addresses):
             masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         tail = f", mask={' & '.join(masks)}" if masks else ""
         cast = f"({text}).to({name}.dtype.element_ty)"
+        inside = value.per == "span" and value.span > self.plan.chunk
+        if inside:
+            self.write(f"if i_c % {value.span // self.plan.chunk} == 0:")
+        self.depth += inside
         self.write(f"tl.store({pointers}, {cast}{tail})")
+        self.depth -= inside

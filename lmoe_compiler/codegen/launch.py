@@ -43,15 +43,13 @@ class Extent:
     batch: int
     length: int
     sequences: int
-    chunk: int
     varlen: bool
 
-    @property
-    def slots(self) -> int:
-        """Chunks of all sequences; packed documents leave at most one slot each unused."""
+    def slots(self, tokens: int) -> int:
+        """Parts of so many tokens in all sequences; packed documents leave at most one slot each unused."""
         if self.varlen:
-            return self.length // self.chunk + self.sequences
-        return self.batch * -(-self.length // self.chunk)
+            return self.length // tokens + self.sequences
+        return self.batch * -(-self.length // tokens)
 
 
 def shape_of(value: Value, plan: Plan, extent: Extent, kernel: Kernel) -> tuple[int, ...]:
@@ -64,9 +62,9 @@ def shape_of(value: Value, plan: Plan, extent: Extent, kernel: Kernel) -> tuple[
     if value.per == "vector":
         return (plan.heads, extent.batch * extent.length)
     if value.per == "chunk":
-        return (extent.slots, plan.heads, *axes)
-    if value.per == "segment":
-        return (extent.sequences * plan.choice.segments, plan.heads, *axes)
+        return (extent.slots(plan.chunk), plan.heads, *axes)
+    if value.per == "span":
+        return (extent.slots(value.span), plan.heads, *axes)
     if value.per == "scratch":
         blocks = (kernel.block_sizes.get(a, padded(sizes[a])) for a in value.axes)
         return (programs(kernel, plan, extent), plan.chunk, *blocks)
@@ -75,7 +73,8 @@ def shape_of(value: Value, plan: Plan, extent: Extent, kernel: Kernel) -> tuple[
 
 def programs(kernel: Kernel, plan: Plan, extent: Extent) -> int:
     """All on the first axis of the grid, the only one that goes beyond 65535."""
-    rows = extent.slots if kernel.order == "parallel" else extent.sequences * kernel.segments
+    part = plan.chunk if kernel.order == "parallel" else kernel.span
+    rows = extent.slots(part) if part else extent.sequences
     tiles = prod(-(-plan.size_of[axis] // block) for axis, block in kernel.tiles)
     return rows * plan.heads * tiles
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.expressions import Expressions
+from lmoe_compiler.codegen.partition import closure
 from lmoe_compiler.codegen.plan import WALKS, Carry, Store, Value
 from lmoe_compiler.codegen.statements import (
     Block,
@@ -28,7 +29,7 @@ class Loops(Expressions):
         if kernel.order == "step":
             self.write("i_n = i_p // H")
         elif kernel.order != "parallel":
-            self.print_segment()
+            self.print_span()
         elif varlen:
             self.write("i_slot = (i_p // H).to(tl.int64)")
             self.write("i_n = find_sequence(cu_seqlens, N, i_slot, C)")
@@ -46,20 +47,32 @@ class Loops(Expressions):
             if axis not in dict(self.kernel.inner):
                 self.print_axis(axis)
 
-    def print_segment(self) -> None:
+    def print_span(self) -> None:
         """The sequence of this program and its chunks i_first .. i_last."""
-        if self.kernel.segments == 1:
+        span = self.kernel.span
+        if not span:
             self.write("i_n = i_p // H")
             self.print_sequence()
             return
-        self.constants["SEGMENTS"] = self.kernel.segments
-        self.write("i_s = i_p // H % SEGMENTS")
-        self.write("i_n = i_p // H // SEGMENTS")
-        self.print_sequence()
-        self.write("i_first = i_s * tl.cdiv(n_c, SEGMENTS)")
-        self.write("i_last = tl.minimum(i_first + tl.cdiv(n_c, SEGMENTS), n_c)")
+        self.constants["SPAN"] = span
+        if self.plan.varlen:
+            self.write("i_n = find_sequence(cu_seqlens, N, i_p // H, SPAN)")
+            self.print_sequence()
+            self.write("i_s = (i_p // H - bos // SPAN - i_n).to(tl.int32)")
+        else:
+            self.write("i_s = i_p // H % tl.cdiv(T, SPAN)")
+            self.write("i_n = i_p // H // tl.cdiv(T, SPAN)")
+            self.print_sequence()
+        self.write("n_s = tl.maximum(tl.cdiv(T, SPAN), 1)")
+        self.write("i_first = i_s * (SPAN // C)")
+        self.write("i_last = tl.minimum(i_first + SPAN // C, n_c)")
         if self.kernel.skip_last:
-            self.write("i_last = tl.where(i_s == SEGMENTS - 1, i_first, i_last)")
+            self.write(f"i_last = tl.where({self.scanned_last}, i_first, i_last)")
+
+    @property
+    def scanned_last(self) -> str:
+        """Whether no other span of the sequence starts from what this one ends with."""
+        return "i_s == 0" if self.kernel.order == "reverse" else "i_s == n_s - 1"
 
     def print_axis(self, axis: str) -> None:
         a = identifier(axis)
@@ -89,10 +102,18 @@ class Loops(Expressions):
         self.write("m_t = i_c * C + o_t < T")
 
     def print_parallel(self) -> list[str]:
-        """All loads first: without a loop nothing else brings them in flight together."""
+        """All loads first: without a loop nothing else brings them in flight together.
+
+        Sums over levels fill the registers: what they do not read is loaded after them.
+        """
         self.print_rows()
-        for node in self.nodes:
+        sums = [n for n in self.nodes if n.op == "level_sum" and n not in self.cut]
+        early = closure(sums, self.cut) if sums else self.nodes
+        for node in early:
             if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
+                self.emit(node)
+        for node in sums:
+            if self.inner_split(node) != "tile" and not self.kernel.inner:
                 self.emit(node)
         stores = list(self.kernel.stores)
         if self.kernel.inner:
@@ -155,17 +176,14 @@ class Loops(Expressions):
             self.print_start(carry, name)
         reverse = self.kernel.order == "reverse"
         rotated = self.print_first(reverse)
-        chunks = "range(0, n_c)" if self.kernel.segments == 1 else "range(i_first, i_last)"
-        self.write(f"for i_r in {chunks}:" if reverse else f"for i_c in {chunks}:")
+        first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
+        self.write(f"for {'i_r' if reverse else 'i_c'} in range({first}, {last}):")
         self.depth += 1
         if reverse:
-            self.write("i_c = n_c - 1 - i_r")
+            self.write(f"i_c = {last} - 1 - i_r" + (" + i_first" if self.kernel.span else ""))
         self.print_rows()
-        if any(v.per == "chunk" for v in self.values()):
-            self.write(
-                "i_slot = "
-                + ("bos // C + i_n + i_c" if self.plan.varlen else "i_n.to(tl.int64) * n_c + i_c")
-            )
+        if self.slots_used:
+            self.print_slot("i_slot", "i_c")
         self.print_rotation(rotated, reverse)
         leaves = [c.leaf for c in self.kernel.carries]
         for store in sorted(self.kernel.stores, key=lambda s: s.node not in leaves):
@@ -185,7 +203,12 @@ class Loops(Expressions):
 
         The compiler copies blocks that products use directly to shared memory ahead of time, and no others.
         """
-        if not self.is_load(node) or len(node.axes) != 2 or ROW not in node.axes:
+        if not self.is_load(node):
+            return False
+        value = self.cut.get(node)
+        if value is not None and value.per == "chunk":
+            return not self.is_state(node)
+        if ROW not in node.axes or len(node.axes) > 2:
             return False
         same = {node} | {
             n for n in self.nodes if n.op == "rename" and n.args[0] is node and n not in self.cut
@@ -198,16 +221,22 @@ class Loops(Expressions):
         nodes = [n for n in self.nodes if self.rotates(n)]
         if not nodes or self.kernel.tuning.num_stages < 2:
             return []
-        first = "i_first" if self.kernel.segments > 1 else "0"
-        last = "i_last" if self.kernel.segments > 1 else "n_c"
+        first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
         self.write(f"i_c = {f'{last} - 1' if reverse else first}")
         self.print_rows()
+        if reverse:
+            self.write("m_t = m_t & (i_c >= 0)")
+        if self.slots_used:
+            self.write(f"i_c = {self.inside('i_c')}")
+            self.print_slot("i_slot", "i_c")
         rotated = []
         for node in nodes:
+            self.guard = "" if ROW in node.axes else "(n_c > 0)"
             block = self.blocks.pop(id(node)) if id(node) in self.blocks else self.fetch(node)
             name = f"{block.text}_next"
             self.write(f"{name} = {block.text}")
             rotated.append((node, name))
+        self.guard = ""
         return rotated
 
     def print_rotation(self, rotated: Sequence[tuple[Node, str]], reverse: bool) -> None:
@@ -217,14 +246,28 @@ class Loops(Expressions):
         self.write(f"i_ahead = i_c {'-' if reverse else '+'} 1")
         self.write("i_t_ahead = bos + i_ahead * C")
         self.write("m_t_ahead = (i_ahead >= 0) & (i_ahead * C + o_t < T)")
-        self.at = ("i_t_ahead", "m_t_ahead")
+        if self.slots_used:
+            self.print_slot("i_slot_ahead", self.inside("i_ahead"))
+        self.at, self.slot = ("i_t_ahead", "m_t_ahead"), "i_slot_ahead"
         for node, name in rotated:
             own = name.removesuffix("_next")
             self.write(f"{own} = {name}")
             block = self.fetch(node)
             self.write(f"{name} = {block.text}")
             self.blocks[id(node)] = Block(own, block.dims, block.type)
-        self.at = ("i_t", "m_t")
+        self.at, self.slot = ("i_t", "m_t"), "i_slot"
+
+    @property
+    def slots_used(self) -> bool:
+        return any(v.per == "chunk" for v in self.values())
+
+    def inside(self, chunk: str) -> str:
+        """A chunk of this sequence, also where `chunk` lies before its first or after its last."""
+        return f"tl.maximum(tl.minimum({chunk}, n_c - 1), 0)"
+
+    def print_slot(self, name: str, chunk: str) -> None:
+        first = "bos // C + i_n" if self.plan.varlen else "i_n.to(tl.int64) * n_c"
+        self.write(f"{name} = {first} + {chunk}")
 
     def print_start(self, carry: Carry, name: str) -> None:
         dims = tuple(sorted(carry.axes, key=self.order))
@@ -245,19 +288,25 @@ class Loops(Expressions):
         self.blocks[id(carry.leaf)] = Block(name, dims)
 
     def print_through(self, carry: Carry, name: str, dims: Sequence[str]) -> None:
-        """The state carried through the segments before this program's."""
-        self.write("for i_before in range(0, i_s):")
-        self.depth += 1
+        """The state carried through the spans that are scanned before this program's."""
+        if self.kernel.order == "reverse":
+            self.write("for i_r in range(i_s + 1, n_s):")
+            self.depth += 1
+            self.write("i_before = n_s + i_s - i_r")
+        else:
+            self.write("for i_before in range(0, i_s):")
+            self.depth += 1
+        self.at_span = "i_before"
         texts = []
         for value in carry.through or ():
             argument = identifier(value.name)
             self.args[argument] = value
-            index = "((i_n.to(tl.int64) * SEGMENTS + i_before) * H + i_h)"
-            pointers, mask, own = self.state_block(argument, index, value.axes)
+            pointers, mask, own = self.place(value, argument)
             loaded = self.assign(argument, self.load_text(pointers, mask), own)
             texts.append(spread(loaded.text, own, dims))
         self.write(f"{name} = {name} * {texts[0]} + {texts[1]}")
         self.depth -= 1
+        self.at_span = "i_s"
 
     def print_end(self, value: Value, name: str, axes: Sequence[str]) -> None:
         argument = identifier(value.name)
@@ -266,7 +315,7 @@ class Loops(Expressions):
         masks = [mask] if mask else []
         if value.per != "scratch" and not value.parts:
             masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
-        if self.kernel.segments > 1 and value.per == "sequence":
-            masks.append("(i_s == SEGMENTS - 1)")
+        if self.kernel.span and value.per == "sequence":
+            masks.append(f"({self.scanned_last})")
         tail = f", mask={' & '.join(masks)}" if masks else ""
         self.write(f"tl.store({pointers}, {name}{tail})")

@@ -1,9 +1,10 @@
 """Cuts a tile graph into kernels by what each node depends on: the carried state, the carried adjoint, both or neither.
 
 Forward:   [prepare]  ->  scan                       the state stays in registers, o is written
-Backward:  [prepare]  ->  states  ->  adjoint  ->  gradients
+Backward:  [prepare]  ->  states  ->  adjoint  ->  [products]  ->  gradients
   states     walks forward, carries S; stores S at each chunk's entry and the solves' results that depend on S
   adjoint    walks backward, carries d.S; stores d.S at each chunk's exit and the solves' results that depend on it
+  products   if chosen: all contractions over the values' axis, so that the next kernel has keys and pairs only
   gradients  parallel over chunks: both carried values are loads, so nothing is ordered and all axes are whole
 With `choice.fused` the last two are one reverse scan. `prepare` (parallel over chunks) stores the [C, C] factors
 that depend on no state: inverses of triangular systems and decayed products.
@@ -27,9 +28,10 @@ from lmoe_compiler.codegen.plan import (
     Plan,
     Store,
     Value,
+    kept_states,
     padded,
 )
-from lmoe_compiler.codegen.segments import segment_carries
+from lmoe_compiler.codegen.spans import span_carries
 from lmoe_compiler.codegen.solve_form import solve_form
 from lmoe_compiler.codegen.tile import inside_levels, to_tiles
 from lmoe_compiler.codegen.tiling import split
@@ -108,7 +110,7 @@ class Partition:
         order: Order,
         carries: Sequence[Carry],
         stores: Sequence[Store],
-        segments: int = 1,
+        span: int = 0,
         skip_last: bool = False,
     ) -> None:
         """A kernel that computes `stores` and the carries' next values; its loads follow from what is stored."""
@@ -138,12 +140,14 @@ class Partition:
             tuple(stores),
             tiles,
             tuning,
-            segments,
+            span,
             inner,
             skip_last,
         )
         self.kernels.append(kernel)
-        self.stored.update({s.node: s.value for s in stores if s.node.op != "const"})
+        # Parts are added up before the next kernel runs.
+        kept = [s for s in stores if s.node.op != "const"]
+        self.stored.update({s.node: replace(s.value, parts=0) for s in kept})
 
     def tiles(
         self,
@@ -190,6 +194,20 @@ class Partition:
             if "part" in found.values() and not any(found[n] == "late" for n in levels):
                 return ((axis, block),)
         return ()
+
+    def spans(self, name: str, order: Order, carries: Sequence[Carry]) -> Sequence[Carry]:
+        """Carries of a scan whose spans run side by side, after a kernel for their maps; as given where not cut."""
+        span = self.choice.span
+        parts = span_carries(carries, span) if span else None
+        if parts is None:
+            return carries
+        first, second = parts
+        self.add(name, order, first, (), span, skip_last=True)
+        return second
+
+    def span(self, carries: Sequence[Carry]) -> int:
+        """The span of a scan with these carries."""
+        return self.choice.span if any(c.through for c in carries) else 0
 
     def prepare(self, nodes: Sequence[Node], carried: frozenset[str]) -> None:
         """Stores factors of products that depend on nothing carried: [C, C] blocks and, if chosen, scaled rows."""
@@ -276,13 +294,11 @@ def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
         )
         for var, after in zip(program.states, following, strict=True)
     ]
-    parts = segment_carries(carries) if choice.segments > 1 else None
-    if parts is not None:
-        first, carries = parts
-        part.add("segments", "forward", first, (), choice.segments, skip_last=True)
+    carries = part.spans("spans", "forward", carries)
     axes = tuple(a for a in chunk.output.axes if a != ROW)
     stores = [Store(output, Value(OUTPUT, axes, "row", "given"))]
-    part.add("scan", "forward", carries, stores, choice.segments if parts else 1)
+    stores += [Store(c.leaf, v) for c, v in zip(carries, kept_states(program), strict=True)]
+    part.add("scan", "forward", carries, stores, part.span(carries))
     return part.plan("forward")
 
 
@@ -350,9 +366,10 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         node = leaves.get(leaf) or Var(leaf, "state", var.axes).node
         return Carry(node, following, var.axes, start, end)
 
+    kept = kept_states(program)
     carries = [
-        carried(var, var.name, node, _initial(var, call.has_initial), None)
-        for var, node in zip(program.states, after, strict=True)
+        carried(var, var.name, node, start, None)
+        for var, node, start in zip(program.states, after, kept, strict=True)
     ]
     entries = [
         Store(c.leaf, _per_chunk(f"{var.name}_entry", var))
@@ -361,7 +378,7 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     ]
     results = [n for n in solves if not depends[n] & adjoints]
     if entries or results:
-        part.add("states", "forward", carries, [*entries, *_results(results, "y")])
+        part.add("states", "forward", carries, [*entries, *_results(results, "y")], kept[0].span)
 
     backward = [
         carried(
@@ -386,9 +403,47 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         if c.leaf in needed
     ]
     results = [n for n in solves if depends[n] & adjoints]
-    part.add("adjoint", "reverse", backward, [*exits, *_results(results, "dy"), *early])
-    part.add("gradients", "parallel", (), [s for s in outputs if s not in early])
+    backward = part.spans("adjoint_spans", "reverse", backward)
+    part.add(
+        "adjoint",
+        "reverse",
+        backward,
+        [*exits, *_results(results, "dy"), *early],
+        part.span(backward),
+    )
+    late = [s for s in outputs if s not in early]
+    if choice.products:
+        stores = _contracted_values([s.node for s in late], part.stored, program)
+        part.add("products", "parallel", (), stores)
+    part.add("gradients", "parallel", (), late)
     return part.plan("backward")
+
+
+def _contracted_values(
+    roots: Sequence[Node], stored: Mapping[Node, Value], program: Program
+) -> list[Store]:
+    """What `roots` need of values and of stored states, all of it contracted over the values' axis."""
+    values = set(_values(program))
+    nodes = closure(roots, stored)
+    users: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for a in node.args if node not in stored else ():
+            users.setdefault(a, []).append(node)
+    found: dict[Node, None] = {}
+    for node in nodes:
+        if node in stored or values & set(node.axes) or not any(values & set(a.axes) for a in node.args):
+            continue
+        while len(users.get(node, ())) == 1 and users[node][0].op == "sum" and ROW not in node.axes:
+            (node,) = users[node]
+        found[node] = None
+    return [Store(n, _contracted(n, f"product_{i}")) for i, n in enumerate(found)]
+
+
+def _contracted(node: Node, name: str) -> Value:
+    axes = tuple(a for a in node.axes if a != ROW)
+    if ROW in node.axes:
+        return Value(name, axes, "row", "dot" if axes else "fp32")
+    return Value(name, axes, "chunk", "fp32")
 
 
 def _fits_scan(

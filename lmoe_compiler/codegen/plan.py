@@ -35,17 +35,19 @@ class Choice:
     """What the cost model decides for one call.
 
     chunk      rows of one chunk
-    segments   parts that each sequence is cut into, scanned side by side (1: none)
+    span       tokens of the parts that each sequence is cut into, scanned side by side (0: not cut); a power of two
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
+    products   backward only: contractions over the values' axis in a kernel of their own
     fused      backward only: gradients inside the reverse scan (True) or in a kernel parallel over chunks
     kernels    tuning by kernel name; `default` for the others
     """
 
     chunk: int = 64
-    segments: int = 1
+    span: int = 0
     prepare: bool = False
     prepare_rows: bool = False
+    products: bool = False
     fused: bool = False
     default: Tuning = Tuning()
     kernels: tuple[tuple[str, Tuning], ...] = ()
@@ -62,7 +64,7 @@ class Value:
     per vector    [H, B * T], one number per token, contiguous along the tokens of a head
     per chunk     [slots, H, *axes], a slot per chunk of each sequence
     per sequence  [N, H, *axes]
-    per segment   [N * segments, H, *axes]
+    per span      [slots, H, *axes], a slot per `span` tokens of each sequence
     per head      [H, *axes], read only
     per scratch   [programs, C, *blocks], a value per token of a chunk, of one program only
 
@@ -71,17 +73,18 @@ class Value:
 
     name: str
     axes: tuple[str, ...]
-    per: Literal["row", "vector", "chunk", "sequence", "segment", "head", "scratch"]
+    per: Literal["row", "vector", "chunk", "sequence", "span", "head", "scratch"]
     dtype: Literal["dot", "fp32", "given"] = "dot"
     parts: int = 0
+    span: int = 0
 
 
 @dataclass(frozen=True)
 class Carry:
     """A value carried from chunk to chunk: `leaf` inside the body, `following` after it.
 
-    It starts as `start`, or `fill` everywhere. In a segmented scan the start of segment i is then carried through
-    the segments before it: x <- factor_j x + sum_j, the values in `through`.
+    It starts as `start`, or `fill` everywhere. Where spans are scanned side by side, a span's start is then carried
+    through those scanned before it: x <- factor_j x + sum_j, the values in `through`.
     """
 
     leaf: Node
@@ -111,8 +114,8 @@ class Kernel:
 
     Kernels of order `tokens` walk a sequence token by token, `tokens_reverse` from its end: their graphs are of one token.
 
-    segments    programs that share one sequence, each scanning its part of the chunks
-    skip_last   the last segment's result is not needed
+    span        tokens of the part of a sequence that one program scans (0: all of it)
+    skip_last   the result of the part that is scanned last is not needed
     tiles       axis tiled over programs -> tile size
     inner       axis that each program walks in tiles -> tile size; every other axis is whole in a program
     replay      `tokens_reverse`: states recomputed through each chunk, from its entry (start) to a scratch (end)
@@ -127,7 +130,7 @@ class Kernel:
     stores: tuple[Store, ...]
     tiles: tuple[tuple[str, int], ...]
     tuning: Tuning
-    segments: int = 1
+    span: int = 0
     inner: tuple[tuple[str, int], ...] = ()
     skip_last: bool = False
     replay: tuple[Carry, ...] = ()
@@ -193,6 +196,17 @@ class Plan:
     @property
     def size_of(self) -> dict[str, int]:
         return dict(self.sizes)
+
+
+KEPT_SPAN = 1024
+"""Tokens between the states that a forward keeps, so that its backward starts from all of them at once."""
+
+
+def kept_states(program: Program) -> tuple[Value, ...]:
+    """What the forward stores of each state for the backward: its value at the start of every span."""
+    return tuple(
+        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN) for var in program.states
+    )
 
 
 def padded(size: int) -> int:

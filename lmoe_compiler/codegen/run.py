@@ -17,15 +17,15 @@ from lmoe_compiler import layout
 from lmoe_compiler.codegen import compiled
 from lmoe_compiler.codegen.compiled import forget, report
 from lmoe_compiler.codegen.gradients import cast, gathered
-from lmoe_compiler.codegen.launch import interpreting
+from lmoe_compiler.codegen.launch import Extent, interpreting
 from lmoe_compiler.codegen.names import printable
-from lmoe_compiler.codegen.supported import unsupported
+from lmoe_compiler.codegen.supported import axis_sizes, unsupported
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.lower import spans
 
 __all__ = [
-    "forget", "report", "scan", "scan_backward", "source", "span_map", "span_map_backward",
+    "forget", "report", "saved", "scan", "scan_backward", "source", "span_map", "span_map_backward",
     "step", "step_", "unsupported",
 ]  # fmt: skip
 
@@ -39,9 +39,31 @@ def scan(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Output, final states, and nothing saved: the backward recomputes chunk states."""
-    o, *finals = _run("forward", program, inputs, states, cu_seqlens, options)
-    return cast(o, inputs[layout.first_token(program)].dtype), finals, []
+    """Output, final states, and the states that the backward starts from."""
+    o, *rest = _run("forward", program, inputs, states, cu_seqlens, options)
+    finals, kept = rest[: len(program.states)], rest[len(program.states) :]
+    return cast(o, inputs[layout.first_token(program)].dtype), finals, kept
+
+
+def saved(
+    program: Program,
+    inputs: Tensors,
+    states: Tensors | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+) -> list[Tensor]:
+    """Empty tensors like those that `scan` keeps; sizes may be symbolic."""
+    first = inputs[layout.first_token(program)]
+    heads = layout.measure(program, inputs, (), None).heads
+    batch, length = first.shape[:2]
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes, extent = axis_sizes(program, inputs), Extent(batch, length, documents, cu_seqlens is not None)
+    return [
+        first.new_empty(
+            extent.slots(value.span), heads, *(sizes[a] for a in value.axes), dtype=torch.float32
+        )
+        for value in compiled.kept(program)
+    ]
 
 
 def scan_backward(
@@ -56,7 +78,7 @@ def scan_backward(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Gradients of inputs (in their shapes and dtypes) and of initial states."""
     results = _run(
-        "backward", program, inputs, states, cu_seqlens, options, [d_output], d_states
+        "backward", program, inputs, states, cu_seqlens, options, saved, [d_output], d_states
     )
     count = len(program.inputs)
     grads = gathered(program, inputs, results[:count])
@@ -101,6 +123,7 @@ def span_map(
         starts = [_for_documents(x, cu_seqlens) for x in start]
         derived = with_columns(derived, start[0].shape[-1])
         ends = _run("ends", derived, tokens, starts, cu_seqlens, options)
+        ends = ends[: len(derived.states)]
         return [x[-1:] for x in ends] if cu_seqlens is not None else ends
 
     maps, ends = spans.span_map(program, inputs, _whole(cu_seqlens), finals)
@@ -127,7 +150,8 @@ def span_map_backward(
                 x[-1:] = d
             ends = last
         derived = with_columns(derived, start[0].shape[-1])
-        results = _run("pullback", derived, tokens, starts, cu_seqlens, options, [], ends)
+        kept = _run("ends", derived, tokens, starts, cu_seqlens, options)[len(derived.states) :]
+        results = _run("pullback", derived, tokens, starts, cu_seqlens, options, kept, [], ends)
         return gathered(derived, tokens, results[: len(derived.inputs)])
 
     return spans.span_map_backward(program, inputs, _whole(cu_seqlens), d_maps, d_ends, pullback)
@@ -170,12 +194,14 @@ def _run(
     states: Tensors | None,
     cu_seqlens: Tensor | None,
     options: Options,
+    kept: Tensors = (),
     d_output: Tensors = (),
     d_ends: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     given = _ready(inputs)
     if states is not None:
         given += [x if x.is_contiguous() else x.contiguous() for x in states]
+    given += kept
     given += _ready(d_output)
     given += [d.contiguous() for d in d_ends if d is not None]
     documents = None

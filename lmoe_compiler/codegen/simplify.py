@@ -5,7 +5,7 @@ Used by tile.py while it rewrites; each rule returns None where it does not appl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node
@@ -17,6 +17,32 @@ class Maker(Protocol):
     def make(self, op: str, *args: Node, like: Node | None = None, **attrs: Attr) -> Node: ...
 
     def const(self, value: float) -> Node: ...
+
+    def scaled(self, x: Node, factors: Iterable[Node]) -> Node: ...
+
+
+def without_axis(
+    build: Maker, operands: Sequence[Node], axis: str
+) -> tuple[list[Node], list[Node]]:
+    """The operands of a contraction over `axis` without their factors that lack it, and those factors.
+
+    dot(f x, S) = f dot(x, S): a row factor scales the result, so that products which differ in one are computed once.
+    """
+    inside, outside = list[Node](), list[Node]()
+    for operand in operands:
+        factors = _flat(operand)
+        kept = [f for f in factors if axis in f.axes]
+        rows = {a for f in kept for a in f.axes} >= set(operand.axes)
+        if len(kept) == len(factors) or not kept or not rows:
+            inside.append(operand)
+            continue
+        outside += [f for f in factors if axis not in f.axes]
+        inside.append(build.scaled(kept[0], kept[1:]))
+    return inside, outside
+
+
+def _flat(x: Node) -> list[Node]:
+    return [f for a in x.args for f in _flat(a)] if x.op == "mul" else [x]
 
 
 def values_first(
@@ -57,7 +83,7 @@ def merge_running(build: Maker, root: Node) -> Node:
     """A sum of running sums over rows as one running sum."""
     terms = _terms(root, 1)
     running = [(sign, x) for sign, x in terms if x.op == "prefix" and x["inclusive"]]
-    totals = [(sign, x) for sign, x in terms if x.op == "sum" and x["axis"] == ROW and x.axes == ()]
+    totals = [(sign, x) for sign, x in terms if x.op == "sum" and x["axis"] == ROW]
     if len(running) < 2:
         return root
     rest = [(sign, x) for sign, x in terms if (sign, x) not in running and (sign, x) not in totals]

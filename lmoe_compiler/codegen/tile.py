@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 
-from lmoe_compiler.codegen.simplify import merge_running, segment_gradient, values_first
+from lmoe_compiler.codegen.simplify import merge_running, segment_gradient, values_first, without_axis
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node, topological
 from lmoe_compiler.lower.program import VALID
 
@@ -79,6 +79,9 @@ class Builder:
     def add(self, terms: Iterable[Node]) -> Node:
         return reduce(lambda x, y: self.make("add", x, y), terms)
 
+    def scaled(self, x: Node, factors: Iterable[Node]) -> Node:
+        return reduce(lambda y, factor: self.make("mul", y, factor), factors, x)
+
 
 def to_tiles(
     roots: Iterable[Node], sizes: Mapping[str, int], values: Iterable[str], exact: bool = False
@@ -102,15 +105,20 @@ def to_tiles(
             new = build.make("floor", new, like=node)
         done[node] = new
     results = [_stored(done[root]) for root in roots]
-    return (
-        results if exact else [merge_running(build, x) if x.axes == (ROW,) else x for x in results]
-    )
+    return results if exact else [merge_running(build, x) for x in results]
 
 
 def _shorter(build: Builder, node: Node, args: list[Node]) -> Node | None:
-    if node.op not in ("sum", "dot"):
+    """A contraction over a state's axis, its row factors outside: equal products then are one."""
+    if node.op not in ("sum", "dot") or node["axis"] in (ROW, SOURCE):
         return None
-    return values_first(build, node, args, build.values)
+    inside, outside = without_axis(build, args, str(node["axis"]))
+    result = values_first(build, node, inside, build.values)
+    if result is None and node.op == "sum" and outside:
+        result = build.make("sum", *inside, like=node, axis=node["axis"])
+    if result is None and node.op == "dot" and outside:
+        result = _product(build, node, *inside, str(node["axis"]))
+    return None if result is None else build.scaled(result, outside)
 
 
 def _stored(node: Node) -> Node:
@@ -217,10 +225,7 @@ def _product(build: Builder, node: Node, a: Node, b: Node, axis: str) -> Node:
             b = build.make("mul", b, factor)
         else:
             a = build.make("mul", a, factor)
-    product = build.make("dot", a, b, like=node, axis=axis)
-    for factor in outside:
-        product = build.make("mul", product, factor)
-    return product
+    return build.scaled(build.make("dot", a, b, like=node, axis=axis), outside)
 
 
 def _factors(build: Builder, x: Node) -> tuple[Node, list[Node]]:

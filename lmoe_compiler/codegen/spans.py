@@ -1,7 +1,7 @@
-"""Cutting a sequence into segments that are scanned side by side, where states decay without mixing.
+"""Cutting a sequence into spans that are scanned side by side, where states decay without mixing.
 
 The map of a span is then x -> factor * x + sum with a factor of the decay's axes: a first kernel carries both through
-each segment, and every program of the scan starts by carrying its state through the segments before its own.
+each span, and every program of the scan starts by carrying its state through the spans before its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def factor_of(node: Node, leaf: Node) -> Node | None:
     return None
 
 
-def segment_carries(carries: Sequence[Carry]) -> tuple[list[Carry], list[Carry]] | None:
+def span_carries(carries: Sequence[Carry], span: int) -> tuple[list[Carry], list[Carry]] | None:
     """Carries of the first kernel, and those of the scan with their maps; None where a state mixes."""
     first: list[Carry] = []
     second: list[Carry] = []
@@ -45,8 +45,8 @@ def segment_carries(carries: Sequence[Carry]) -> tuple[list[Carry], list[Carry]]
             return None
         axes = tuple(a for a in carry.axes if a in factor.axes)
         name = carry.leaf.name
-        total = Value(f"{name}_segment", carry.axes, "segment", "fp32")
-        decay = Value(f"{name}_factor", axes, "segment", "fp32")
+        total = Value(f"{name}_sum", carry.axes, "span", "fp32", span=span)
+        decay = Value(f"{name}_factor", axes, "span", "fp32", span=span)
         product = input_(f"{name}_decay", axes)
         first.append(replace(carry, start=None, end=total))
         first.append(Carry(product, Node("mul", (product, factor)), axes, None, decay, fill=1.0))

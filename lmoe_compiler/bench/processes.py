@@ -1,0 +1,98 @@
+"""Measurements in processes of their own: an illegal access or a hang loses one, not the rest.
+
+A worker imports everything it needs (with the library that takes ten seconds), then waits for a line on its standard
+input. So the next ones get ready while one has the device. It answers with lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+WORKER = "lmoe_compiler.bench.worker"
+
+
+@dataclass
+class Task:
+    """What a worker does (`what` and its arguments), and its environment beside ours."""
+
+    work: dict[str, Any]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    module: str = WORKER
+
+
+@dataclass
+class Answer:
+    """The rows that a worker printed, and why it printed no more ("" if it ended well)."""
+
+    task: Task
+    rows: list[dict[str, Any]]
+    error: str
+
+
+class Process:
+    """A started worker."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.log = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", task.module, json.dumps(task.work)]
+        self.child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, **task.variables},
+        )
+
+    def run(self, limit: float) -> Answer:
+        """Gives the worker its turn, for at most `limit` seconds."""
+        error = ""
+        try:
+            output, _ = self.child.communicate("go\n", timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            output, _ = self.child.communicate()
+            error = f"more than {limit:.0f} s"
+        if not error and self.child.returncode:
+            error = self._last_words()
+        self.log.close()
+        rows = [json.loads(text) for text in output.splitlines() if text.startswith("{")]
+        return Answer(self.task, rows, error)
+
+    def _last_words(self) -> str:
+        self.log.seek(0)
+        lines = self.log.read().strip().splitlines() or ["no message"]
+        return f"exit {self.child.returncode}: {lines[-1][:200]}"
+
+
+def one_by_one(tasks: Iterable[Task], limit: float, ahead: int = 5) -> Iterator[Answer]:
+    """Answers in order. One worker runs at a time; the next `ahead` are importing."""
+    left = iter(tasks)
+    ready: deque[Process] = deque()
+    try:
+        while True:
+            while len(ready) <= ahead and (task := next(left, None)) is not None:
+                ready.append(Process(task))
+            if not ready:
+                return
+            yield ready.popleft().run(limit)
+    finally:
+        for process in ready:
+            process.child.kill()
+            process.child.communicate()
+
+
+def side_by_side(tasks: Sequence[Task], limit: float, workers: int) -> Iterator[Answer]:
+    """Answers in order, of workers that run `workers` at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda task: Process(task).run(limit), tasks)

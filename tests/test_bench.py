@@ -1,0 +1,187 @@
+"""The bench without a GPU: choices are searched and replayed, lost workers are reported, tables are right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lmoe_compiler import cli
+from lmoe_compiler.bench import autotuner, gates, table
+from lmoe_compiler.bench.processes import Task, one_by_one, side_by_side
+from lmoe_compiler.bench.workloads import GATE_SHAPES, WORKLOADS, make_inputs
+
+TIMES = {16: 3.0, 32: 1.0, 64: 2.0}
+
+
+def kernel_function(x, BLOCK): ...
+
+
+class FakeKernel:
+    """What an Autotuner holds: a kernel that remembers its launches."""
+
+    fn = staticmethod(kernel_function)
+
+    def __init__(self):
+        self.launched = []
+
+    def run(self, *args, grid, warmup, BLOCK, **options):
+        self.launched.append(BLOCK)
+
+
+@pytest.fixture
+def tuned_kernel(monkeypatch):
+    """A function that installs a Tuner and gives a fresh autotuned kernel of three configurations."""
+    triton = pytest.importorskip("triton")
+    from triton import knobs
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    originals = {name: vars(Autotuner)[name] for name in ("check_disk_cache", "_bench", "do_bench")}
+    monkeypatch.setattr(knobs.autotuning, "cache", False)
+    monkeypatch.setattr(JITFunction, "run", JITFunction.run)
+
+    def make(tuner):
+        for name, original in originals.items():
+            monkeypatch.setattr(Autotuner, name, original)
+        tuner.install()
+        configs = [triton.Config({"BLOCK": block}, num_warps=block // 16) for block in TIMES]
+        kernel = FakeKernel()
+        return Autotuner(kernel, ["x", "BLOCK"], configs, ["x"], None, None), kernel
+
+    return make
+
+
+def times_of(kernel, timed):
+    def bench(call, quantiles=None):
+        call()
+        timed.append(kernel.launched[-1])
+        return [TIMES[kernel.launched[-1]]] * 3
+
+    return bench
+
+
+def test_choices_are_searched_written_down_and_replayed(tuned_kernel, monkeypatch):
+    searching = autotuner.Tuner("search")
+    tuner, kernel = tuned_kernel(searching)
+    short, long = [], []
+    searching.bench = times_of(kernel, short)
+    monkeypatch.setattr(autotuner, "brief", times_of(kernel, short))
+    monkeypatch.setattr(autotuner, "careful", times_of(kernel, long))
+    tuner.run(7, grid=(1,), warmup=False)
+    assert (short, long, kernel.launched[-1]) == ([16, 32, 64], [32, 64, 16], 32)
+    written = json.loads(json.dumps(searching.chosen))
+    assert list(written) == [f"{__name__}.kernel_function"]
+
+    replaying = autotuner.Tuner("replay", written)
+    tuner, kernel = tuned_kernel(replaying)
+    replaying.bench = times_of(kernel, [])
+    tuner.run(7, grid=(1,), warmup=False)
+    assert kernel.launched == [32]
+    assert replaying.searched == []
+    assert (tuner.best_config.num_warps, tuner.best_config.kwargs) == (2, {"BLOCK": 32})
+    tuner.run(8, grid=(1,), warmup=False)
+    assert replaying.searched == [f"{__name__}.kernel_function"]
+
+
+def test_shares_of_the_compilations_cover_all(tuned_kernel):
+    covered = []
+    for i in range(2):
+        compiling = autotuner.Tuner("compile", share=(i, 2))
+        tuner, kernel = tuned_kernel(compiling)
+        timed = []
+        compiling.bench = times_of(kernel, timed)
+        tuner.run(7, grid=(1,), warmup=False)
+        covered.append(timed)
+    assert covered == [[16, 64], [32]]
+
+
+SCRIPT = """
+import json, sys, time
+work = json.loads(sys.argv[1])
+sys.stdin.readline()
+print(json.dumps({"begun": work["what"]}), flush=True)
+if work["what"] == "hang":
+    time.sleep(60)
+if work["what"] == "die":
+    sys.exit("illegal memory access")
+print(json.dumps({"done": work["what"]}))
+"""
+
+
+def test_a_lost_worker_costs_its_own_cell_only(tmp_path):
+    (tmp_path / "scripted_worker.py").write_text(SCRIPT)
+    tasks = [
+        Task({"what": what}, {"PYTHONPATH": str(tmp_path)}, "scripted_worker")
+        for what in ("die", "hang", "well")
+    ]
+    for answers in (list(one_by_one(tasks, 4, ahead=1)), list(side_by_side(tasks, 4, 3))):
+        died, hung, well = answers
+        assert died.rows == [{"begun": "die"}]
+        assert died.error == "exit 1: illegal memory access"
+        assert (hung.rows, hung.error) == ([{"begun": "hang"}], "more than 4 s")
+        assert (well.rows[-1], well.error) == ({"done": "well"}, "")
+
+
+def row(op, shape, side, **columns):
+    return {"what": "measure", "op": op, "shape": list(shape), "side": side, **columns}
+
+
+def written(tmp_path, rows):
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def measured(us, **more):
+    floors = {"forward_floor_us": 50.0, "both_floor_us": 150.0}
+    counts = {"forward_kernels": 2, "both_kernels": 6, "peak_mib": 100.0, "sample": [1.0, 2.0]}
+    return {"forward_us": us, "both_us": 3 * us, **floors, **counts, **more}
+
+
+def test_the_table_and_its_gates(tmp_path, capsys):
+    """Of two rows for a cell the last counts; a first call's row keeps its columns; a failed cell is named."""
+    shape, small = GATE_SHAPES[1], GATE_SHAPES[3]
+    rows = [
+        row("gla", shape, "ours", what="first") | {"what": "first", "first_call_s": 8.0},
+        row("gla", shape, "ours", error="more than 9 s"),
+        row("gla", shape, "ours", **measured(100.0, first_call_s=1.5)),
+        row("gla", shape, "fla", **measured(250.0, peak_mib=150.0)),
+        row("gla", small, "ours", **measured(10.0)),
+        row("gla", small, "fla", **measured(20.0, sample=[1.0, 2.5])),
+        row("kda", shape, "ours", error="exit 1: illegal memory access"),
+    ]
+    path = written(tmp_path, rows)
+    assert table.main([str(path)]) == 1
+    text = capsys.readouterr().out
+    assert "| gla | 2, 16384, 16, 128 | 100 | 50% | 250 | 2.50 | 300 | 50% | 750 | 2.50 |" in text
+    assert "| 8.0, 1.5 |" in text
+    assert "ours kda 2, 16384, 16, 128: exit 1: illegal memory access" in text
+    assert "output differs from ours" in text
+    assert path.with_suffix(".md").read_text().strip() == text.strip()
+    found = {v.gate: v for v in gates.verdicts(table.read(path))}
+    mean = found["geometric mean, gla, forward, 2 cells"]
+    assert mean.measured == pytest.approx((2.5 * 2) ** 0.5)
+    assert mean.passed
+    assert not found["gla 8, 1024, 8, 64 forward"].passed  # 2x where 3x is asked for
+    assert found["gla 2, 16384, 16, 128 forward"].passed
+    assert found["peak memory over FLA's, gla, worst of 2"].measured == 1.0
+    assert found["first forward of gla, cold cache, s"].passed
+    assert not found["first forward of gla, warm cache, s"].passed
+
+
+def test_every_library_call_takes_the_inputs_it_is_given():
+    """Inputs of a recurrence, prepared for the library, are its tensors by name, in shapes that it documents."""
+    for workload in WORKLOADS.values():
+        inputs = make_inputs(workload, (2, 3, 2, 4), torch.bfloat16, "cpu")
+        prepared = workload.library.prepare(**inputs)
+        assert set(workload.library.order) <= set(prepared)
+        assert all(prepared[name].shape[:3] == (2, 3, 2) for name in workload.library.order)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+@pytest.mark.parametrize("command", [["kernels", "--against", "fla"], ["library"]])
+def test_without_a_gpu_the_bench_says_so(command, capsys):
+    assert cli.main(["bench", *command]) == 1
+    assert "there is no CUDA device" in capsys.readouterr().err
