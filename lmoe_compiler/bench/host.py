@@ -47,9 +47,9 @@ def no_launches() -> Iterator[None]:
     compiled.forget()
     implementation.forget()
     with (
-        mock.patch.object(implementation, "_interpreted", lambda: True),
+        mock.patch.object(implementation, "_interpreted", return_value=True),
         mock.patch.object(launch.Launcher, "compile", _compile),
-        mock.patch.object(launch, "current_stream", lambda index: 0),
+        mock.patch.object(launch, "current_stream", return_value=0),
     ):
         yield
     compiled.forget()
@@ -82,7 +82,9 @@ def calls(recurrence: Recurrence, inputs: dict[str, Tensor]) -> dict[str, Callab
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench host", description=__doc__)
     parser.add_argument("ops", nargs="*", help="default: simple_gla gated_delta_rule gla")
-    parser.add_argument("--profile", choices=["forward", "forward+backward", "step", "step in place"])
+    parser.add_argument(
+        "--profile", choices=["forward", "forward+backward", "step", "step in place"]
+    )
     chosen = parser.parse_args(argv)
     for op in chosen.ops or ["simple_gla", "gated_delta_rule", "gla"]:
         with no_launches():

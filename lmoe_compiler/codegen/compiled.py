@@ -75,7 +75,7 @@ def call(
     options: Options,
     into: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
-    """Run a direction. `given` are its tensors in the order of `names`, ready for kernels; `documents` of packed ones."""
+    """Run a direction. `given` are its tensors in the order of `Request.names`, ready for kernels."""
     key = (
         direction,
         id(program),
@@ -229,9 +229,7 @@ class Request:
 
     def make(self, choice: Choice, notes: Sequence[str] = ()) -> Executable:
         plan = self.plan(choice)
-        return Executable(
-            plan, header(plan), self.names, self.results, self.dtypes, list(notes)
-        )
+        return Executable(plan, header(plan), self.names, self.results, self.dtypes, list(notes))
 
 
 def _first(
@@ -280,7 +278,8 @@ def requests(
 
 def report(program: Program, inputs: Sequence[layout.Measured], options: Options) -> str:
     """The plans of a call in words, and what was decided about them."""
-    pages = []
+    walked = chunk_of(printable(program)) is None
+    pages = ["sequential Triton kernels" if walked else "Triton kernels over chunks"]
     for request in requests(program, inputs, options):
         executable = executable_of(request)
         pages += [f"{request.direction}:", *(f"  {line}" for line in lines(executable.plan))]

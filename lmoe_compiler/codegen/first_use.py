@@ -83,14 +83,14 @@ def shortened(request: Request, named: dict[str, Tensor], chunk: int) -> dict[st
     return short
 
 
-def by_kernels(
-    request: Request, executable: Executable, short: dict[str, Tensor]
-) -> list[Tensor]:
+def by_kernels(request: Request, executable: Executable, short: dict[str, Tensor]) -> list[Tensor]:
     inputs = [short[var.name] for var in request.program.inputs]
     documents = None if request.documents is None else 2
     small = replace(request, inputs=inputs, documents=documents)
     results = executable(executable.prepare(small.extent), [*short.values()])
-    results = results[: len(results) - (0 if request.is_step or request.is_backward else len(request.kept))]
+    results = results[
+        : len(results) - (0 if request.is_step or request.is_backward else len(request.kept))
+    ]
     if not request.is_backward:
         return results
     count = len(inputs)

@@ -163,7 +163,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a call: its arguments are slots (inputs, then own tensors, then the workspace), lengths, constants."""
+    """One kernel of a call. Arguments: slots (inputs, own tensors, the workspace), lengths, constants."""
 
     launcher: Launcher
     grid: int
@@ -220,7 +220,9 @@ class Executable:
     def __post_init__(self) -> None:
         self.text, printers = print_module(self.plan, self.header)
         module = load_module(identifier(self.plan.program.name), self.text)
-        self.launchers = [Launcher(self.plan, k, module, printers[k.name]) for k in self.plan.kernels]
+        self.launchers = [
+            Launcher(self.plan, k, module, printers[k.name]) for k in self.plan.kernels
+        ]
 
     def prepare(self, extent: Extent) -> Prepared:
         dot = torch.float32 if interpreting() else TORCH_DTYPE[self.plan.dtype]

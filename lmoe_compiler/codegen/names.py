@@ -17,7 +17,9 @@ RESERVED = frozenset(
     "o T N H C TOKENS SEGMENTS LEVELS DOT PRECISION INVERSE SPLIT NEAR tl triton range cu_seqlens bos start level"
     " find_sequence".split()
 )
-PREFIXED = re.compile(r"[biomn]_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay)|(rows|chunk|vector|factor)_\d+")
+PREFIXED = re.compile(
+    r"[biomn]_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay)|(rows|chunk|vector|factor)_\d+"
+)
 
 
 @cache

@@ -112,7 +112,7 @@ class Store:
 class Kernel:
     """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk, `step` one token.
 
-    Kernels of order `tokens` walk a sequence token by token, `tokens_reverse` from its end: their graphs are of one token.
+    `tokens` walks a sequence token by token, `tokens_reverse` from its end: their graphs are of one token.
 
     span        tokens of the part of a sequence that one program scans (0: all of it)
     skip_last   the result of the part that is scanned last is not needed
@@ -205,7 +205,8 @@ KEPT_SPAN = 1024
 def kept_states(program: Program) -> tuple[Value, ...]:
     """What the forward stores of each state for the backward: its value at the start of every span."""
     return tuple(
-        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN) for var in program.states
+        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN)
+        for var in program.states
     )
 
 

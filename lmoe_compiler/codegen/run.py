@@ -57,7 +57,10 @@ def saved(
     heads = layout.measure(program, inputs, (), None).heads
     batch, length = first.shape[:2]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes, extent = axis_sizes(program, inputs), Extent(batch, length, documents, cu_seqlens is not None)
+    sizes, extent = (
+        axis_sizes(program, inputs),
+        Extent(batch, length, documents, cu_seqlens is not None),
+    )
     return [
         first.new_empty(
             extent.slots(value.span), heads, *(sizes[a] for a in value.axes), dtype=torch.float32

@@ -31,7 +31,7 @@ from lmoe_compiler.codegen.plan import (
     padded,
 )
 from lmoe_compiler.codegen.tile import to_tiles
-from lmoe_compiler.codegen.tiling import split
+from lmoe_compiler.codegen.tiling import Split, split
 from lmoe_compiler.codegen.token import token_graph
 from lmoe_compiler.ir.nodes import ROW, Node, Program, Var, input_, make, topological
 from lmoe_compiler.lower import algebra as al
@@ -132,7 +132,9 @@ def _token(program: Program) -> list[Node]:
     states, output = token_graph(program)
     done: dict[Node, Node] = {}
     for node in topological([output, *states]):
-        done[node] = al.interned(Node(node.op, tuple(done[a] for a in node.args), node.attrs, node.loc))
+        done[node] = al.interned(
+            Node(node.op, tuple(done[a] for a in node.args), node.attrs, node.loc)
+        )
     return [done[output], *(done[x] for x in states)]
 
 
@@ -195,35 +197,44 @@ def _configured(kernel: Kernel, program: Program, choice: Choice, call: Call) ->
 
 
 def _tiled(kernel: Kernel, nodes: Sequence[Node], program: Program, call: Call) -> Kernel:
-    """The first axis, values before keys, that no carried value contracts, in tiles of about `tuning.block` numbers."""
+    """The kernel with an axis in tiles of about `tuning.block` numbers of a state, where one is free of contractions."""
     sizes = dict(call.sizes)
     carried = [c.following for c in (*kernel.carries, *kernel.replay)]
+    axis, found = _free_axis(nodes, carried, program)
+    if not axis:
+        return kernel
+    rest = max(prod(padded(sizes[a]) for a in var.axes if a != axis) for var in program.states)
+    block = max(16, kernel.tuning.block // rest)
+    if padded(sizes[axis]) <= block:
+        return kernel
+    parts = -(-sizes[axis] // block)
+
+    def in_parts(stores: Sequence[Store]) -> tuple[Store, ...]:
+        return tuple(
+            replace(s, value=replace(s.value, parts=parts, dtype="fp32"))
+            if found[s.node] == "part"
+            else s
+            for s in stores
+        )
+
+    return replace(
+        kernel,
+        tiles=((axis, block),),
+        stores=in_parts(kernel.stores),
+        sums=in_parts(kernel.sums),
+    )
+
+
+def _free_axis(
+    nodes: Sequence[Node], carried: Sequence[Node], program: Program
+) -> tuple[str, dict[Node, Split]]:
+    """The first axis, values before keys, that no carried value contracts, with how it splits the nodes; or none."""
     for axis in dict.fromkeys(a for var in program.states for a in reversed(var.axes)):
         found = split(nodes, axis, ())
-        if found is None or any(found[n] == "part" for n in carried):
-            continue
-        if any(d != axis and d.rstrip("'") == axis for n in nodes for d in n.axes):
-            continue
-        rest = max(
-            prod(padded(sizes[a]) for a in var.axes if a != axis) for var in program.states
-        )
-        block = max(16, kernel.tuning.block // rest)
-        if padded(sizes[axis]) <= block:
-            return kernel
-        parts = -(-sizes[axis] // block)
-
-        def in_parts(store: Store, found: dict[Node, str] = dict(found), parts: int = parts) -> Store:
-            if found[store.node] != "part":
-                return store
-            return replace(store, value=replace(store.value, parts=parts, dtype="fp32"))
-
-        return replace(
-            kernel,
-            tiles=((axis, block),),
-            stores=tuple(in_parts(s) for s in kernel.stores),
-            sums=tuple(in_parts(s) for s in kernel.sums),
-        )
-    return kernel
+        copied = any(d != axis and d.rstrip("'") == axis for n in nodes for d in n.axes)
+        if found is not None and not copied and all(found[n] != "part" for n in carried):
+            return axis, found
+    return "", {}
 
 
 def _numbers(kernel: Kernel, axes: Sequence[str], call: Call) -> int:
@@ -253,7 +264,10 @@ def _outer(var: Var, node: Node) -> list[tuple[Node, Node]]:
             return []
         row = reduce(lambda x, y: Node("mul", (x, y)), left)
         found.append(
-            (row if sign > 0 else Node("neg", (row,)), reduce(lambda x, y: Node("mul", (x, y)), right))
+            (
+                row if sign > 0 else Node("neg", (row,)),
+                reduce(lambda x, y: Node("mul", (x, y)), right),
+            )
         )
     return found
 

@@ -18,9 +18,7 @@ def unsupported(program: Program, inputs: Sequence[Measured], options: Options) 
     """Why no kernels are generated for this call, or None."""
     for var, x in zip(program.inputs, inputs, strict=True):
         if x.dtype not in DTYPES:
-            return (
-                f"{var.name} is {x.dtype}, and kernels compute in torch.bfloat16, torch.float16 or torch.float32"
-            )
+            return f"{var.name} is {x.dtype}, and kernels compute in torch.bfloat16, torch.float16 or torch.float32"
     for name, size in axis_sizes(program, inputs).items():
         if not 1 <= size <= LARGEST:
             return (
