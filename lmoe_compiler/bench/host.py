@@ -41,15 +41,23 @@ def _compile(
     self.compiled[device] = Compiled()
 
 
+def _yes() -> bool:
+    return True
+
+
+def _stream(device: int) -> int:
+    return 0
+
+
 @contextmanager
 def no_launches() -> Iterator[None]:
     """CPU tensors take the way of CUDA tensors, and kernels do nothing."""
     compiled.forget()
     implementation.forget()
     with (
-        mock.patch.object(implementation, "_interpreted", return_value=True),
+        mock.patch.object(implementation, "_interpreted", _yes),
         mock.patch.object(launch.Launcher, "compile", _compile),
-        mock.patch.object(launch, "current_stream", return_value=0),
+        mock.patch.object(launch, "current_stream", _stream),
     ):
         yield
     compiled.forget()
@@ -115,3 +123,10 @@ def _profile(function: Callable[[], object]) -> None:
         for _ in range(2000):
             function()
     pstats.Stats(profile).sort_stats("tottime").print_stats(35)
+
+
+def functions_entered(function: Callable[[], object]) -> int:
+    """Python functions that one call enters."""
+    with cProfile.Profile(builtins=False) as profile:
+        function()
+    return sum(entry.callcount for entry in profile.getstats())

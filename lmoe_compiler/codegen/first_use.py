@@ -48,7 +48,7 @@ def verified(request: Request, executable: Executable, given: Sequence[Tensor]) 
     """Whether the plan may be used without another look; raises where its numbers are wrong."""
     if not unknown():
         return True
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
     named = dict(zip(request.names, given, strict=True))
     short = shortened(request, named, executable.plan.chunk)

@@ -1,13 +1,15 @@
 """Names of a program that a kernel can use as they are: a user may call an input `o`, `T` or `tl`.
 
 Kernels have names of their own (the output, lengths, block sizes, program indices) and one for the gradient of
-every input, `d` before it. What collides with one of them gets underscores after it.
+every input, `d` before it. What collides with one of them gets another name in the kernel.
 """
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -17,8 +19,9 @@ RESERVED = frozenset(
     "o T N H C TOKENS SEGMENTS LEVELS DOT PRECISION INVERSE SPLIT NEAR tl triton range cu_seqlens bos start level"
     " find_sequence".split()
 )
+GRADIENT = "do"
 PREFIXED = re.compile(
-    r"[biomn]_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay)|(rows|chunk|vector|factor)_\d+"
+    r"([biomn]|sum)_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay|columns|\d+)"
 )
 
 
@@ -29,18 +32,25 @@ def printable(program: Program) -> Program:
     axes = {axis.rstrip("'") for var in variables for axis in var.axes}
     reads = {item.name for item in program.body if isinstance(item, Read)}
     taken = RESERVED | axes | {f"B{axis}" for axis in axes} | reads
-    names = {var.name for var in variables}
-    gradients = {f"d{name}" for name in (*names, "o")}
     renamed: dict[str, str] = {}
     for var in variables:
-        name = var.name
-        while _collides(name, taken | gradients | set(renamed.values())):
-            name += "_"
-        renamed[var.name] = name
+        used = taken | {GRADIENT, *renamed.values(), *(f"d{name}" for name in renamed.values())}
+        renamed[var.name] = next(
+            name
+            for name in _candidates(var.name)
+            if not _collides(name, used) and f"d{name}" not in used
+        )
     if all(old == new for old, new in renamed.items()):
         return program
     values = {var.node: _named(var, renamed).node for var in variables}
     return _substituted(program, values, renamed)
+
+
+def _candidates(name: str) -> Iterator[str]:
+    yield name
+    yield f"{name}_"
+    for count in itertools.count(1):
+        yield f"user_{name}{'_' * count}"
 
 
 def _collides(name: str, taken: frozenset[str] | set[str]) -> bool:

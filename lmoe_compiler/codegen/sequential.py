@@ -197,7 +197,7 @@ def _configured(kernel: Kernel, program: Program, choice: Choice, call: Call) ->
 
 
 def _tiled(kernel: Kernel, nodes: Sequence[Node], program: Program, call: Call) -> Kernel:
-    """The kernel with an axis in tiles of about `tuning.block` numbers of a state, where one is free of contractions."""
+    """The kernel with an axis in tiles of about `tuning.block` numbers, where one is free of contractions."""
     sizes = dict(call.sizes)
     carried = [c.following for c in (*kernel.carries, *kernel.replay)]
     axis, found = _free_axis(nodes, carried, program)
