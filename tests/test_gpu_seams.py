@@ -1,7 +1,8 @@
 """Where generated kernels meet torch and large sizes (`pytest -m gpu`): graphs, checkpoints, strides, 64-bit offsets,
 sequential kinds, span maps. `-k sanitizer` is a short selection for compute-sanitizer:
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python -m pytest -m gpu -k sanitizer tests/test_gpu_seams.py
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \\
+    python -m pytest -m gpu -k sanitizer tests/test_gpu_seams.py
 """
 
 from __future__ import annotations
@@ -57,29 +58,29 @@ def near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None
 
 @pytest.mark.parametrize("dtype", [half, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", WALKED)
-def test_kinds_without_a_chunk_form(name, dtype):
+@pytest.mark.parametrize(("size", "length"), [(24, 70), (128, 33)])
+def test_kinds_without_a_chunk_form(name, dtype, size, length):
     """Sequential kernels: outputs, final states and every gradient, also where programs hold tiles (K = V = 128)."""
     recurrence = ROWS[name].recurrence
-    for size, length in ((24, 70), (128, 33)):
-        torch.manual_seed(size)
-        sizes = {"K": size, "V": size, "M": 16, "N": 2}
-        lead = {"token": (2, length, 2), "head": (2,), "state": (2, 2)}
+    torch.manual_seed(size)
+    sizes = {"K": size, "V": size, "M": 16, "N": 2}
+    lead = {"token": (2, length, 2), "head": (2,), "state": (2, 2)}
 
-        def noise(var, sizes=sizes, lead=lead):
-            shape = (*lead[var.kind], *(sizes[a.rstrip("'")] for a in var.axes))
-            return torch.randn(shape, device="cuda") / size**0.5
+    def noise(var) -> Tensor:
+        shape = (*lead[var.kind], *(sizes[a.rstrip("'")] for a in var.axes))
+        return torch.randn(shape, device="cuda") / size**0.5
 
-        inputs = {var.name: noise(var).to(dtype) for var in recurrence.inputs}
-        states = [noise(var).abs() + 0.5 for var in recurrence.states]
-        exact = differentiated(
-            recurrence.reference,
-            {n: x.double() for n, x in inputs.items()},
-            [x.double() for x in states],
-        ).tensors()
-        floor = differentiated(recurrence.reference, inputs, states).tensors()
-        kernels = recurrence.with_options(implementation="triton")
-        actual = differentiated(kernels, inputs, states).tensors()
-        assert_accurate(actual, floor, exact, dtype)
+    inputs = {var.name: noise(var).to(dtype) for var in recurrence.inputs}
+    states = [noise(var).abs() + 0.5 for var in recurrence.states]
+    exact = differentiated(
+        recurrence.reference,
+        {n: x.double() for n, x in inputs.items()},
+        [x.double() for x in states],
+    ).tensors()
+    floor = differentiated(recurrence.reference, inputs, states).tensors()
+    kernels = recurrence.with_options(implementation="triton")
+    actual = differentiated(kernels, inputs, states).tensors()
+    assert_accurate(actual, floor, exact, dtype)
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule", "kda"])

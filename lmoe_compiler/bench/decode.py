@@ -32,7 +32,7 @@ GATES = {"gated_delta_rule": "g", "simple_gla": "g", "gla": "gk"}
 
 TOLERANCE = 0.005
 
-COLUMNS = ("op", "B", "floor")
+COLUMNS: tuple[str, ...] = ("op", "B", "floor")
 COLUMNS += ("eager", "in place", "fla", "ratio", "graph", "in place", "fla", "ratio", "error")
 
 
