@@ -18,7 +18,7 @@ import sympy
 from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.partition import Call, closure
 from lmoe_compiler.codegen.plan import Choice, Kernel, Plan, Tuning, Value
-from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Step
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Read, Step, topological
 
 B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 
@@ -169,7 +169,8 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     if call.dtype == "fp32":
         return _full_precision(solves, vector)
     largest = max((size for _, size in call.sizes), default=16)
-    chunk = 32 if solves or vector or largest > 128 else 64
+    cancel = normalised(program)
+    chunk = 32 if solves or vector or cancel or largest > 128 else 64
     stages = 3 if chunk == 32 else 2
     few = solves and _programs(call, batch, 64) < device().sms
     return Choice(
@@ -186,7 +187,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
             ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),
             ("states", Tuning(64, 0, 4, 3 if solves or vector else 2)),
             ("products", Tuning(0, 0, 4, 1)),
-            ("gradients", _gradients(solves, vector)),
+            ("gradients", _gradients(solves, vector, cancel)),
         ),
     )
 
@@ -197,8 +198,21 @@ def _prepare(solves: bool, vector: bool) -> Tuning:
     return Tuning(0, 0, 1, 1)
 
 
-def _gradients(solves: bool, vector: bool) -> Tuning:
+def normalised(program: Program) -> bool:
+    """Whether an output is divided by what is read of a state: its gradients cancel, because weights sum to one."""
+    reads = {item.name for item in program.body if isinstance(item, Read)}
+    quotients = [n for n in topological([program.output]) if n.op == "div"]
+    return any(
+        leaf.op == "input" and leaf.name in reads
+        for q in quotients
+        for leaf in topological([q.args[1]])
+    )
+
+
+def _gradients(solves: bool, vector: bool, cancel: bool) -> Tuning:
     """Tiles of keys: over programs where levels fill the registers, else in a loop that shares the [C, C] products."""
+    if cancel:
+        return Tuning(0, 0, 4, 1, inner=32, full=True)
     if vector:
         return Tuning(32, 0, 2, 1) if solves else Tuning(64, 0, 4, 1)
     return Tuning(0, 0, 1, 1, inner=32) if solves else Tuning(0, 0, 4, 2, inner=64)

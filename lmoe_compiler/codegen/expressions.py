@@ -103,7 +103,8 @@ class Expressions(Addresses):
         if node.op == "rename":
             return self.rename(node, operands[0])
         if node.op == "dot":
-            return self.dot(str(node["axis"]), *operands)
+            full = self.kernel.tuning.full or any(map(self.kept_full, node.args))
+            return self.dot(str(node["axis"]), *operands, full=full)
         if node.op in ("sum", "max"):
             return self.reduce(node, operands[0])
         if node.op == "index":
@@ -164,7 +165,12 @@ class Expressions(Addresses):
         mask = spread(f"m_{identifier(axis)}", [axis], block.dims)
         return self.assign("", f"tl.where({mask}, {block.text}, 0.0)", block.dims, block.type)
 
-    def dot(self, axis: str, a: Block, b: Block) -> Block:
+    def kept_full(self, node: Node) -> bool:
+        """Whether a factor [t, s] was stored in fp32, so that its products are not rounded to half precision."""
+        value = self.cut.get(node.args[0] if node.op == "rename" else node)
+        return value is not None and value.dtype == "fp32" and SOURCE in value.axes
+
+    def dot(self, axis: str, a: Block, b: Block, full: bool = False) -> Block:
         a, b = self.clean(None, a, axis), self.clean(None, b, axis)
         shared = [d for d in a.dims if d in b.dims and d != axis]
         rest_a = [d for d in a.dims if d != axis]
@@ -172,7 +178,7 @@ class Expressions(Addresses):
         if not shared and len(rest_a) == 1 and len(rest_b) == 1:
             if self.order(rest_a[0]) > self.order(rest_b[0]):
                 a, b, rest_a, rest_b = b, a, rest_b, rest_a
-            a, b = self.dot_type(a), self.dot_type(b)
+            a, b = map(self.fp32 if full else self.dot_type, (a, b))
             left = a.text if a.dims[1] == axis else f"tl.trans({a.text})"
             right = b.text if b.dims[0] == axis else f"tl.trans({b.text})"
             return self.assign(

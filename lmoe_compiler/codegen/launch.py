@@ -134,7 +134,12 @@ def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
         "DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[plan.dtype]
         if half and not interpreting()
         else tl.float32,
-        "PRECISION": "ieee" if interpreting() else "tf32" if half else "tf32x3",
+        # tf32 has the mantissa of fp16: where fp16 is not enough, neither is tf32.
+        "PRECISION": "ieee"
+        if interpreting()
+        else "tf32"
+        if half and plan.dtype == "bf16"
+        else "tf32x3",
         "INVERSE": "ieee" if interpreting() else "tf32" if half else "tf32x3",
         # Scaled operands stay within the range of the products' type: exp(80) = 5e34, exp(10) = 2e4.
         "NEAR": 10.0 if plan.dtype == "fp16" else 80.0,

@@ -21,6 +21,7 @@ class Tuning:
 
     block, block_second   tile of the first and second axis that may be tiled (0: whole), values first
     inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
+    full                  products of half-precision inputs take fp32 operands (tf32)
     """
 
     block: int = 64
@@ -28,6 +29,7 @@ class Tuning:
     num_warps: int = 4
     num_stages: int = 2
     inner: int = 0
+    full: bool = False
 
 
 @dataclass(frozen=True)
