@@ -83,11 +83,11 @@ def step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tens
     return [output, *following]
 
 
-def step_(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
+def step_(text: str, inputs: Tensors, states: Tensors, options: str) -> Tensor:
     program, chosen = parse(text), Options.parse(options)
-    output = choose("step_", program, inputs, chosen)(program, inputs, states, chosen)
+    output: Tensor = choose("step_", program, inputs, chosen)(program, inputs, states, chosen)
     torch.autograd.graph.increment_version(states)
-    return [output]
+    return output
 
 
 def fake_scan(
@@ -106,8 +106,8 @@ def fake_step(text: str, inputs: Tensors, states: Tensors, options: str) -> list
     return fake_results(program, layout.measure(program, inputs, states, None, step=True), inputs)
 
 
-def fake_step_(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tensor]:
-    return fake_step(text, inputs, states, options)[:1]
+def fake_step_(text: str, inputs: Tensors, states: Tensors, options: str) -> Tensor:
+    return fake_step(text, inputs, states, options)[0]
 
 
 def fake_results(program: Program, sizes: layout.Sizes, inputs: Tensors) -> list[Tensor]:

@@ -142,9 +142,9 @@ def _refuse_second(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     )
 
 
-def _refuse_in_place(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    name = parse(inputs[0]).name
-    raise UnsupportedTransform(
+def _in_place(text: str) -> UnsupportedTransform:
+    name = parse(text).name
+    return UnsupportedTransform(
         f"gradient through an in-place step of {name}",
         why="the states before the step, which a backward needs, are overwritten",
         try_=f"{name}.step(..., state=S), or torch.no_grad() around the loop",
@@ -153,9 +153,11 @@ def _refuse_in_place(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) ->
 
 @dataclass(frozen=True)
 class Operator:
-    kernel: Callable[..., list[Tensor]]
-    fake: Callable[..., list[Tensor]]
-    derivative: Derivative
+    """`derivative` is None where there is none: the operator overwrites what a backward needs."""
+
+    kernel: Callable[..., Any]
+    fake: Callable[..., Any]
+    derivative: Derivative | None
     # Operations per operation of the recurrence: a backward multiplies by both operands' adjoints.
     cost: int
     forward: bool = True
@@ -181,17 +183,16 @@ OPERATORS = {
     "step": Operator(
         kernels.step, kernels.fake_step, Derivative(_setup_step, _differentiate_step), 1
     ),
-    "step_": Operator(
-        kernels.step_, kernels.fake_step_, Derivative(_refuse_in_place, _refuse_second), 1
-    ),
+    "step_": Operator(kernels.step_, kernels.fake_step_, None, 1),
 }
 
 
 def _register(name: str, operator: Operator) -> None:
     qualified = f"lmoe::{name}"
-    torch.library.define(
-        qualified, f"({SCHEMAS[name]}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
-    )
+    # Functionalisation takes an operator that writes to arguments only if it returns no list.
+    returns = "Tensor" if operator.derivative is None else "Tensor[]"
+    schema = f"({SCHEMAS[name]}) -> {returns}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(operator.kernel)
     torch.library.register_fake(qualified, operator.fake)
     torch.library.impl(qualified, "Autograd")(partial(_autograd, name))
@@ -267,12 +268,12 @@ def _wants_derivative(flat: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
 
 
-def _autograd(name: str, text: str, *args: Any) -> list[Tensor]:
+def _autograd(name: str, text: str, *args: Any) -> Any:
     """The op's kernel at the autograd key."""
 
     grad_mode = torch.is_grad_enabled()
 
-    def below(*arguments: Any) -> list[Tensor]:
+    def below(*arguments: Any) -> Any:
         # autograd.Function turns grad mode off; torch.func's outer levels, which run below here, need it as it was.
         with torch.set_grad_enabled(grad_mode), torch._C._AutoDispatchBelowAutograd():
             return _op(name)(*arguments)
@@ -280,6 +281,8 @@ def _autograd(name: str, text: str, *args: Any) -> list[Tensor]:
     flat = _flatten(args)
     if not _wants_derivative(flat):
         return below(text, *args)
+    if OPERATORS[name].derivative is None:
+        raise _in_place(text)
     with enable_single_level_autograd_function():
         return list(_apply(below, name, text, args, *flat))
 
@@ -340,9 +343,11 @@ def call(name: str, text: str, *args: Any) -> list[Tensor]:
     return _run(name, text, args, flat)
 
 
-def _run(name: str, text: str, args: tuple[Any, ...], flat: list[Tensor | None]) -> list[Tensor]:
+def _run(name: str, text: str, args: tuple[Any, ...], flat: list[Tensor | None]) -> Any:
     kernel = OPERATORS[name].kernel
     if _wants_derivative(flat):
+        if OPERATORS[name].derivative is None:
+            raise _in_place(text)
         return list(_apply_direct(kernel, name, text, args, *flat))
     return kernel(text, *args)
 
@@ -354,7 +359,7 @@ def _checked_call(
     states: list[Tensor],
     cu_seqlens: Tensor | None,
     *rest: Any,
-) -> list[Tensor]:
+) -> Any:
     if torch.compiler.is_compiling():
         return _op(name)(text, inputs, states, *rest)
     program, step = parse(text), name in STEPS
@@ -389,7 +394,8 @@ def step(text: str, inputs: list[Tensor], states: list[Tensor], options: Options
 
 def step_(text: str, inputs: list[Tensor], states: list[Tensor], options: Options) -> Tensor:
     """o [B, H, *axes] of one decode step; `states` become the next states."""
-    return _checked_call("step_", text, inputs, states, None, options.text)[0]
+    output: Tensor = _checked_call("step_", text, inputs, states, None, options.text)
+    return output
 
 
 for _name, _operator in OPERATORS.items():
