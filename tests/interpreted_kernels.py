@@ -96,7 +96,7 @@ def test_every_plan(name, plan, monkeypatch):
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_packed_documents_in_spans(name, monkeypatch):
     """Every document has spans of its own, scanned side by side in both directions."""
-    monkeypatch.setattr(run, "choose", lambda *_: PLANS["spans"])
+    monkeypatch.setattr(compiled, "choose", lambda *_: PLANS["spans"])
     monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     case, ends = BY_NAME[name], torch.tensor([0, 40, 40, 41, 120], dtype=torch.int32)

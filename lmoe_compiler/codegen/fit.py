@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from lmoe_compiler.codegen.plan import Choice
 from lmoe_compiler.errors import ImplementationUnavailable
@@ -40,7 +41,7 @@ def smaller(choice: Choice, kernel: str) -> Choice | None:
     return None
 
 
-def _tuned(choice: Choice, kernel: str, **changes: int) -> Choice:
+def _tuned(choice: Choice, kernel: str, **changes: Any) -> Choice:
     kernels = dict(choice.kernels)
     kernels[kernel] = replace(choice.tuning(kernel), **changes)
     return replace(choice, kernels=tuple(kernels.items()))
