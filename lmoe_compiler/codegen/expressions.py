@@ -113,6 +113,8 @@ class Expressions(Addresses):
             return self.dot(str(node["axis"]), *operands, full=full)
         if node.op in ("sum", "max"):
             return self.reduce(node, operands[0])
+        if node.op == "index":
+            return self.index(node, self.fp32(operands[0]))
         if node.op == "level_sign":
             return self.assign("sign", f"level_sign({self.level})", ())
         if node.op == "delta":
@@ -195,6 +197,15 @@ class Expressions(Addresses):
             "", f"tl.sum({x} * {y}, {position})", dims[:position] + dims[position + 1 :]
         )
 
+    def index(self, node: Node, block: Block) -> Block:
+        """One entry of a static axis: the sum of a block that is zero elsewhere."""
+        axis = str(node["axis"])
+        position = block.dims.index(axis)
+        self.axes_used[self.axis(axis)] = None
+        here = spread(f"(o_{identifier(axis)} == {node['at']})", [axis], block.dims)
+        picked = f"tl.sum(tl.where({here}, {block.text}, 0.0), {position})"
+        return self.assign("", picked, block.dims[:position] + block.dims[position + 1 :])
+
     def reduce(self, node: Node, block: Block) -> Block:
         axis = str(node["axis"])
         block = self.fp32(block)
@@ -217,6 +228,8 @@ class Expressions(Addresses):
         self.args[name] = value
         pointers, mask, dims = self.place(value, name)
         text = self.fp32(block).text if block.type == "bool" else block.text
+        if node.op == "const" and not dims:
+            text = f"tl.full([], {text}, tl.float32)"
         if block.dims != dims:
             text = spread(text, block.dims, dims)
             zeros = f"tl.zeros({self.shape(dims)}, tl.float32)"

@@ -146,7 +146,8 @@ class Partition:
         )
         self.kernels.append(kernel)
         # Parts are added up before the next kernel runs.
-        self.stored.update({s.node: replace(s.value, parts=0) for s in stores})
+        kept = [s for s in stores if s.node.op != "const"]
+        self.stored.update({s.node: replace(s.value, parts=0) for s in kept})
 
     def tiles(
         self,
@@ -471,7 +472,7 @@ def _fits_scan(
     """Whether the adjoint scan can write this gradient: no forward state, and tiled as the carried values are."""
     if depends[store.node] & states:
         return False
-    axes = [carry.axes[-1] for carry in carries]
+    axes = [carry.axes[-1] for carry in carries if carry.axes]
     scan = closure([carry.following for carry in carries], stored)
     axes = [a for a in axes if (found := split(scan, a, stored)) and "part" not in found.values()]
     own = closure([store.node], stored)
