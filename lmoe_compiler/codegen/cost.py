@@ -182,7 +182,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
         default=Tuning(block=64, num_warps=4, num_stages=stages),
         kernels=(
             ("prepare", _prepare(solves, vector)),
-            ("scan", Tuning(64, 0, 4, stages, full=cancel)),
+            ("scan", Tuning(64, 0, 8 if cancel else 4, stages, full=cancel)),
             ("spans", Tuning(64, 0, 4, 3)),
             ("adjoint_spans", Tuning(64, 0, 4, 3)),
             ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),
