@@ -144,7 +144,7 @@ def compile(
     if model is None:
         return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
     chosen = CompileOptions.of(options)
-    spread = chosen.sequence_parallel is not None or chosen.expert_parallel is not None
+    spread = any((chosen.sequence_parallel, chosen.expert_parallel, chosen.data_parallel))
     if spread:
         # Process groups are made here, on all ranks in one order, never in the middle of a compilation.
         pipeline(chosen)

@@ -93,17 +93,19 @@ class CompileOptions:
 
     inner: the compiler below our passes. disable: names of passes to leave out. mode, inductor: Inductor's settings.
     after_aot: passes (passes/base.py) for the forward and backward graphs that AOTAutograd makes.
-    mesh, sequence_parallel, expert_parallel (names of mesh axes) and sequence_dim: how the model is spread over ranks.
+    mesh, sequence_parallel, expert_parallel, data_parallel (names of mesh axes, or several that are taken as one) and
+    sequence_dim: how the model is spread over ranks. Losses and router statistics are those of all rows and tokens.
     schedule: how recurrences exchange states, "auto" (the planner's choice), "all_gather" or "transpose".
-    sum_gradients: sum gradients of replicated parameters over the sequence axis; False where DDP or FSDP2 does it.
+    sum_gradients: sum gradients of replicated parameters over sequence and data axes; False where DDP or FSDP2 does it.
     record: an object that keeps what happened (passes/base.py); `lmoe.explain` sets it.
     """
 
     inner: str = "inductor"
     disable: tuple[str, ...] = ()
     mesh: Any = None
-    sequence_parallel: str | None = None
-    expert_parallel: str | None = None
+    sequence_parallel: str | tuple[str, ...] | None = None
+    expert_parallel: str | tuple[str, ...] | None = None
+    data_parallel: str | tuple[str, ...] | None = None
     sequence_dim: int = 1
     schedule: str = "auto"
     sum_gradients: bool = True
@@ -140,12 +142,12 @@ class CompileOptions:
                 why=f"state exchanges are {', '.join(SCHEDULES)}",
                 try_='lmoe.compile(model, ..., schedule="auto")',
             )
-        for name in ("sequence_parallel", "expert_parallel"):
-            axis = getattr(self, name)
-            if axis is None:
-                continue
-            names = tuple(getattr(self.mesh, "mesh_dim_names", None) or ())
-            if axis not in names:
+        names = tuple(getattr(self.mesh, "mesh_dim_names", None) or ())
+        for name in ("sequence_parallel", "expert_parallel", "data_parallel"):
+            axes = getattr(self, name) or ()
+            for axis in (axes,) if isinstance(axes, str) else axes:
+                if axis in names:
+                    continue
                 raise InvalidOption(
                     f"{name}={axis!r} is not an axis of the mesh",
                     why=f"the mesh has {', '.join(names) or 'no named axes'}"

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lmoe_compiler.errors import NotShardable
-from lmoe_compiler.runtime.mesh import axis_of
+from lmoe_compiler.runtime.mesh import Names, axis_of
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def parallelize(model: M, mesh: DeviceMesh, *, expert_parallel: str) -> M:
+def parallelize(model: M, mesh: DeviceMesh, *, expert_parallel: Names) -> M:
     """Keep this rank's experts only: rows [i E/P, (i+1) E/P) of every expert weight, in place.
 
     Expert weights are the 3-D parameters of a module that has a `router`. Call it on every rank

@@ -19,14 +19,13 @@ from lmoe_compiler.runtime.mesh import Axis
 
 @dataclass(frozen=True)
 class SumGradients:
-    """Puts `sum_gradient` behind every parameter. `expert_axis`: the axis that experts are cut
-    over.
+    """Puts `sum_gradient` behind every parameter. `experts`: ranks that hold the same experts.
 
-    Experts cut over this very axis have had the tokens of all its ranks.
+    Experts have had the tokens of all ranks that they are cut over; those are not among `experts`.
     """
 
     axis: Axis
-    expert_axis: str | None = None
+    experts: Axis | None = None
     name: str = "gradients"
     changes_numerics: bool = False
 
@@ -35,11 +34,12 @@ class SumGradients:
         parameters = [n for n in gm.graph.nodes if n.op == "placeholder" and is_parameter(n)]
         inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         for node in parameters:
-            if node.meta.get("lmoe_experts") and self.expert_axis == self.axis.name:
+            axis = self.experts if node.meta.get("lmoe_experts") else self.axis
+            if axis is None:
                 continue
             edit = Editor(gm, self.name)
             edit.anchor = inputs[-1].next
-            summed = edit.call(collectives.sum_gradient, node, self.axis.groups["numbers"])
+            summed = edit.call(collectives.sum_gradient, node, axis.groups["numbers"])
             node.replace_all_uses_with(summed, delete_user_cb=lambda user, s=summed: user is not s)
             report.add("parameters")
         if report.counts:

@@ -9,7 +9,8 @@ with all tokens.
 
 Every rank ends with the same loss, and its gradients are this rank's share of the gradients of that
 one loss. What comes after a reduction is computed on every rank alike, so it may not have
-parameters.
+parameters. Ranks that hold other rows of the batch count like ranks that hold other tokens:
+reductions over tokens are over all of them.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ from lmoe_compiler.runtime.mesh import Axis
 
 @dataclass(frozen=True)
 class GlobalNumbers:
-    """Rewrites reductions over tokens, losses, positions and counts."""
+    """Rewrites reductions over tokens, losses, positions and counts. `axis`: all ranks that hold
+    other tokens; `cut`: whether the sequence is cut over ranks, so that positions move.
+    """
 
     axis: Axis
     sequence_dim: int = 1
+    cut: bool = True
     name: str = "losses"
     changes_numerics: bool = False
 
@@ -49,11 +53,11 @@ class GlobalNumbers:
         for kind, nodes, rewrite in (
             ("losses", shard.tokens.losses, _loss),
             ("reductions", shard.tokens.reductions, _reduction),
-            ("positions", shard.tokens.positions, _position),
+            ("positions", shard.tokens.positions if self.cut else [], _position),
             ("counts", shard.tokens.counts, _count),
         ):
             for node in nodes:
-                rewrite(shard, node)
+                rewrite(shard, self.axis, node)
                 report.add(kind, f"{layer_of(node)}: {node.name}")
         if report.counts:
             Editor(gm, self.name).finish()
@@ -77,7 +81,7 @@ def _arguments(node: fx.Node, function: Callable[..., Any]) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def _loss(shard: Shard, node: fx.Node) -> None:
+def _loss(shard: Shard, axis: Axis, node: fx.Node) -> None:
     given = _arguments(node, F.cross_entropy)
     if given["reduction"] == "none":
         return
@@ -89,7 +93,7 @@ def _loss(shard: Shard, node: fx.Node) -> None:
         given["ignore_index"],
         given["reduction"],
         given["label_smoothing"],
-        shard.axis.groups["numbers"],
+        axis.groups["numbers"],
     )
     _replace(node, new)
 
@@ -99,7 +103,7 @@ def _sum_signature(
 ) -> None: ...
 
 
-def _reduction(shard: Shard, node: fx.Node) -> None:
+def _reduction(shard: Shard, axis: Axis, node: fx.Node) -> None:
     name = str(getattr(node.target, "__name__", node.target))
     if name not in ("sum", "mean"):
         raise NotShardable(
@@ -114,18 +118,18 @@ def _reduction(shard: Shard, node: fx.Node) -> None:
     x, dim, keepdim, dtype = bound.arguments.values()
     value = x.meta["example_value"]
     dims = list(range(value.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    edit, group = _editor(shard, node), shard.axis.groups["numbers"]
+    edit, group = _editor(shard, node), axis.groups["numbers"]
     if dtype is not None:
         x = edit.call(Tensor.to, x, dtype)
     if name == "sum":
         _replace(node, edit.call(sequence.sum_over_tokens, x, dims, keepdim, group))
         return
     length = edit.call(Tensor.size, shard.tokens.source, shard.tokens.dim)
-    counts = shard.counts()
+    counts = shard.counts(axis)
     _replace(node, edit.call(sequence.mean_over_tokens, x, dims, keepdim, counts, length, group))
 
 
-def _position(shard: Shard, node: fx.Node) -> None:
+def _position(shard: Shard, _: Axis, node: fx.Node) -> None:
     if (
         node.target is not torch.arange
         or len(node.args) != 1
@@ -145,9 +149,9 @@ def _position(shard: Shard, node: fx.Node) -> None:
     node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
 
 
-def _count(shard: Shard, node: fx.Node) -> None:
+def _count(shard: Shard, axis: Axis, node: fx.Node) -> None:
     symbol = shard.tokens.symbol
-    counts = shard.counts()
+    counts = shard.counts(axis)
     edit = _editor(shard, node)
 
     def as_tensor(argument: fx.Node) -> fx.Node:

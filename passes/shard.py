@@ -45,9 +45,9 @@ class Shard:
         index = torch.tensor([self.axis.index], device=device_of(self._source))
         return self._once("rank", lambda head: head.data("lmoe_rank", index))
 
-    def counts(self) -> fx.Node:
-        """[P] int64: tokens of every rank."""
-        axis = self.axis
+    def counts(self, axis: Axis | None = None) -> fx.Node:
+        """[P] int64: tokens of every rank, of this axis or of another."""
+        axis = axis or self.axis
 
         def make(head: Editor) -> fx.Node:
             flight = head.call(
@@ -59,7 +59,7 @@ class Shard:
             )
             return head.call(collectives.wait, flight)
 
-        return self._once("counts", make)
+        return self._once(f"counts_{axis.name}", make)
 
     def offset(self) -> fx.Node:
         """[1] int64: tokens on the ranks before this one."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lmoe_compiler.errors import WrongOnRanks
@@ -140,7 +141,8 @@ def _document_offsets(node: fx.Node, position: int, source: Any) -> None:
 def _router(node: fx.Node) -> None:
     weights = node.args[1]
     assert isinstance(weights, fx.Node)
-    if not weights.meta["example_value"].requires_grad:
+    # Compiled for evaluation, nothing has a gradient.
+    if torch.is_grad_enabled() and not weights.meta["example_value"].requires_grad:
         _refuse(node, "has a router without a gradient", "its weights depend on no parameter")
 
 
