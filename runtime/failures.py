@@ -10,12 +10,13 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
 
 from lmoe_compiler.errors import CollectiveFailed
 
@@ -33,10 +34,11 @@ def named(group: str, label: str) -> str:
     if not dist.is_initialized() or dist.get_backend() in ("fake", "threaded"):
         return group
     name = label + _SIGN + group.rpartition(_SIGN)[2]
+    registry: Any = torch._C._distributed_c10d
     try:
-        _resolve_process_group(name)
+        registry._resolve_process_group(name)
     except RuntimeError:
-        _register_process_group(name, _resolve_process_group(group))
+        registry._register_process_group(name, registry._resolve_process_group(group))
     return name
 
 
@@ -67,15 +69,13 @@ def explained() -> Iterator[None]:
 
 def _failed(trace: TracebackType | None) -> tuple[str, str] | None:
     """(operation, label) of the collective whose call raised, from the innermost frame outwards."""
-    backward = False
-    found: tuple[str, str] | None = None
-    for frame, line in reversed(list(traceback.walk_tb(trace))):
-        found = found or _in_code(frame, line) or _in_variables(frame)
-        backward = backward or frame.f_code.co_name == "backward"
-    if found is None:
-        return None
-    operation, label = found
-    return operation, f"{label}, in the backward pass" if backward else label
+    frames = list(traceback.walk_tb(trace))[::-1]
+    for frame, line in frames:
+        if found := _in_code(frame, line) or _in_variables(frame):
+            operation, label = found
+            backward = any(frame.f_code.co_name == "backward" for frame, _ in frames)
+            return operation, f"{label}, in the backward pass" if backward else label
+    return _in_torch(frames)
 
 
 def _in_code(frame: FrameType, number: int) -> tuple[str, str] | None:
@@ -88,6 +88,18 @@ def _in_code(frame: FrameType, number: int) -> tuple[str, str] | None:
         label, operation = _LABEL.search(line), _OPERATION.search(line)
         if label and operation and (not waited or re.search(rf"\b{waited[1]}\b", line)):
             return operation[1], label[2]
+    return None
+
+
+def _in_torch(frames: Sequence[tuple[FrameType, int]]) -> tuple[str, str] | None:
+    """From a call of torch.distributed that has no label: who made it."""
+    operation = ""
+    for frame, line in frames:
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module.startswith("torch.distributed."):
+            operation = function if function != "wrapper" else operation
+        elif operation and not module.startswith("torch."):
+            return operation, f"{module}.{function}, line {line}"
     return None
 
 

@@ -364,7 +364,7 @@ def test_damaged_checkpoints_are_named_with_the_one_before(tmp_path):
     path.unlink()
     with pytest.raises(DamagedCheckpoint, match=r"cannot read __0_0\.distcp"):
         checkpoint.load(checkpoint.newest(tmp_path), state)
-    with pytest.raises(DamagedCheckpoint, match="holds other tensors: .*y"):
+    with pytest.raises(DamagedCheckpoint, match=r"holds other tensors: .*y"):
         checkpoint.load(tmp_path / "step-00000001", {"y": torch.zeros(99)})
     (path.parent / "manifest.json").write_text("{")
     with pytest.raises(DamagedCheckpoint, match=r"cannot read manifest\.json"):

@@ -20,13 +20,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lmoe_compiler.errors import DamagedCheckpoint
 from lmoe_compiler.train.ranks import Ranks
 
 _MANIFEST, _UNFINISHED = "manifest.json", "unfinished-"
 _ALONE = Ranks()
+
+
+def state_of(
+    model: nn.Module, optimiser: torch.optim.Optimizer, ranks: Ranks = _ALONE
+) -> dict[str, Any]:
+    """The tensors of both, by parameter. They share the memory of those in use."""
+    moments: Any = get_optimizer_state_dict(model, optimiser)["state"]
+    return {
+        "model": ranks.as_global(model.state_dict()),
+        "optimiser": {
+            name: {kind: ranks.as_global({name: x})[name] for kind, x in of_one.items()}
+            for name, of_one in moments.items()
+        },
+    }
 
 
 def save(

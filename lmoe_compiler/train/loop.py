@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lmoe_compiler.models.linear_moe import CausalLMOutput, LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint, diagnose
@@ -309,13 +308,4 @@ class Trainer:
         self.clock = Clock(**checkpoint.read_manifest(folder)["clock"])
 
     def _state(self) -> dict[str, Any]:
-        """The tensors of model and optimiser, by parameter; they share the memory of those in use."""
-        moments: Any = get_optimizer_state_dict(self.model, self.optimiser)["state"]
-        as_global = self.ranks.as_global
-        return {
-            "model": as_global(self.model.state_dict()),
-            "optimiser": {
-                name: {kind: as_global({name: x})[name] for kind, x in of_one.items()}
-                for name, of_one in moments.items()
-            },
-        }
+        return checkpoint.state_of(self.model, self.optimiser, self.ranks)

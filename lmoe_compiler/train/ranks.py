@@ -48,15 +48,12 @@ class Ranks:
 
     mesh: DeviceMesh | None = None
     experts: tuple[str, ...] = ()
+    index: int = 0
     _cut: frozenset[str] = field(default=frozenset(), init=False)
 
     @property
     def size(self) -> int:
         return 1 if self.mesh is None else self.mesh.size()
-
-    @property
-    def index(self) -> int:
-        return 0 if self.mesh is None else dist.get_rank()
 
     @property
     def first(self) -> bool:
@@ -99,7 +96,7 @@ class Ranks:
         dist.broadcast_object_list(made)
         if made[1] is not None:
             raise made[1]
-        return made[0]  # type: ignore[no-any-return]
+        return made[0]
 
     def of_first(self, value: float) -> float:
         """The first rank's number."""
@@ -226,7 +223,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
     )
     mesh = init_device_mesh(device.type, (size // config.sp, config.sp), mesh_dim_names=AXES)
     with explained():
-        yield Ranks(mesh, expert_axes(config, size))
+        yield Ranks(mesh, expert_axes(config, size), dist.get_rank())
     # Not after an error: the others may be gone, and the process ends anyway.
     dist.destroy_process_group()
 
