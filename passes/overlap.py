@@ -17,10 +17,14 @@ from torch import fx
 from lmoe_compiler.passes.match import ENTER, EXIT
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import Editor, layer_of
-from lmoe_compiler.runtime import dispatch, exchange
+from lmoe_compiler.runtime import capacity, dispatch, exchange
 
-STARTS = frozenset({exchange.start, dispatch.send, dispatch.compute})
-FINISHES = frozenset({exchange.finish, dispatch.compute, dispatch.combine})
+STARTS = frozenset(
+    {exchange.start, dispatch.send, dispatch.compute, capacity.send, capacity.compute}
+)
+FINISHES = frozenset(
+    {exchange.finish, dispatch.compute, dispatch.combine, capacity.compute, capacity.combine}
+)
 
 
 @dataclass(frozen=True)
