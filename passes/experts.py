@@ -20,10 +20,33 @@ import torch
 from torch import fx
 
 from lmoe_compiler import capacity
+from lmoe_compiler.errors import NotShardable
 from lmoe_compiler.experts import swiglu_experts
 from lmoe_compiler.passes.match import find, replace
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import layer_of
+
+
+def check_held(block: fx.Node, ranks: int) -> int:
+    """How many experts of a block are here. Raises NotShardable where `ranks` times as many are not
+    those that its router chooses from, as far as the model says (`dropped_rows`).
+    """
+    ids, gate_up = block.args[2], block.args[3]
+    assert isinstance(ids, fx.Node)
+    assert isinstance(gate_up, fx.Node)
+    here = int(gate_up.meta["example_value"].shape[0])
+    marks = find(block.graph.owning_module, torch.ops.lmoe.dropped_rows)
+    told = [mark.args[1] for mark in marks if mark.args[0] is ids]
+    for chosen_from in (*told, ids.meta.get("lmoe_num_experts", here * ranks)):
+        if chosen_from != here * ranks:
+            raise NotShardable(
+                f"{here} experts on each of {ranks} ranks, and a router that chooses from {chosen_from}",
+                where=layer_of(block),
+                why="lmoe.parallelize cuts experts over an axis, and lmoe.compile has to get the same",
+                try_='lmoe.parallelize(model, mesh, expert_parallel="ep"), and then '
+                'lmoe.compile(model, mesh=mesh, expert_parallel="ep")',
+            )
+    return here
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,7 @@ class LowerExperts:
             swiglu_experts if exact else partial(capacity.swiglu_experts, factor=self.factor)
         )
         for node in find(gm, torch.ops.lmoe.experts):
+            check_held(node, 1)
             experts, hidden, width = node.args[3].meta["example_value"].shape  # type: ignore[union-attr]
             report.add(
                 "expert blocks", f"{layer_of(node)}: {experts} experts, {width} -> {hidden // 2}"
