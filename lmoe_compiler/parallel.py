@@ -35,8 +35,9 @@ M = TypeVar("M", bound=nn.Module)
 def parallelize(model: M, mesh: DeviceMesh, *, expert_parallel: str | tuple[str, ...]) -> M:
     """Keep this rank's experts only: rows [i E/P, (i+1) E/P) of every expert weight, in place.
 
-    `expert_parallel`: an axis of the mesh, or several as one. Expert weights are the 3-D parameters of a module that has a `router`. Call it on every rank
-    with equal weights, before the optimiser is made.
+    `expert_parallel`: an axis of the mesh, or several as one. Expert weights are the 3-D parameters
+    of a module that has a `router`. Call it on every rank with equal weights, before the optimiser
+    is made.
     """
     names = (expert_parallel,) if isinstance(expert_parallel, str) else expert_parallel
     axis = axis_of(mesh, *names)

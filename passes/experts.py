@@ -13,11 +13,12 @@ capacity they are those of capacity.py. Invariant: no mark is left.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lmoe_compiler import capacity
 from lmoe_compiler.errors import NotShardable
@@ -34,8 +35,10 @@ def check_held(block: fx.Node, ranks: int) -> int:
     ids, gate_up = block.args[2], block.args[3]
     assert isinstance(ids, fx.Node)
     assert isinstance(gate_up, fx.Node)
+    gm = block.graph.owning_module
+    assert gm is not None
     here = int(gate_up.meta["example_value"].shape[0])
-    marks = find(block.graph.owning_module, torch.ops.lmoe.dropped_rows)
+    marks = find(gm, torch.ops.lmoe.dropped_rows)
     told = [mark.args[1] for mark in marks if mark.args[0] is ids]
     for chosen_from in (*told, ids.meta.get("lmoe_num_experts", here * ranks)):
         if chosen_from != here * ranks:
@@ -63,10 +66,9 @@ class LowerExperts:
     def __call__(self, gm: fx.GraphModule) -> Report:
         report = Report(self.name)
         seen: dict[str, fx.GraphModule] = {}
-        exact = self.factor is None
-        function = (
-            swiglu_experts if exact else partial(capacity.swiglu_experts, factor=self.factor)
-        )
+        function: Callable[..., Tensor] = swiglu_experts
+        if self.factor is not None:
+            function = partial(capacity.swiglu_experts, factor=self.factor)
         for node in find(gm, torch.ops.lmoe.experts):
             check_held(node, 1)
             experts, hidden, width = node.args[3].meta["example_value"].shape  # type: ignore[union-attr]
