@@ -22,6 +22,7 @@ from lmoe_compiler.parallel import follow_tokens
 from lmoe_compiler.passes import pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
+from lmoe_compiler.runtime.mesh import lookup_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +43,9 @@ def lmoe_backend(
     graph = GraphRecord(record.texts, programs=_programs(gm))
     record.graphs.append(graph)
     show("fx", "graph of the model", lambda: readable(gm))
-    pipeline(chosen).run(gm, graph)
+    with lookup_only():
+        passes = pipeline(chosen)
+    passes.run(gm, graph)
     inner = INNER_COMPILERS[chosen.inner]
     return inner(gm, example_inputs, chosen, graph)
 
@@ -139,12 +142,13 @@ def compile(
     """`torch.compile` with our backend, for a function or a module; also as a decorator, with or without arguments.
 
     fullgraph, dynamic: as in torch.compile; a model that is spread over ranks has to be one graph.
-    options: those of config.CompileOptions (inner, disable, mesh, sequence_parallel, expert_parallel, ...).
+    options: those of config.CompileOptions (inner, disable, mesh, sequence_parallel, expert_parallel, expert_capacity,
+    ...).
     """
     if model is None:
         return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
     chosen = CompileOptions.of(options)
-    spread = any((chosen.sequence_parallel, chosen.expert_parallel, chosen.data_parallel))
+    spread = bool(chosen.token_axes)
     if spread:
         # Process groups are made here, on all ranks in one order, never in the middle of a compilation.
         pipeline(chosen)

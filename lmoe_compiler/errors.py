@@ -197,6 +197,10 @@ class NotShardable(LmoeError, NotImplementedError):
     """A marked operation is used in a way that has no meaning on a shard of the sequence."""
 
 
+class DropsInSilence(LmoeError, ValueError):
+    """A fixed expert capacity, for a model that does not report what it leaves out."""
+
+
 class CollectiveFailed(LmoeError, RuntimeError):
     """A collective timed out or lost a rank: which operation of which layer, and what is known of the others."""
 

@@ -3,6 +3,7 @@
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.passes.base import GraphPass, PassPipeline, Record
 from lmoe_compiler.passes.canonicalize import Canonicalize
+from lmoe_compiler.passes.dropped import CountDropped
 from lmoe_compiler.passes.expert_parallel import ExpertParallel
 from lmoe_compiler.passes.experts import LowerExperts
 from lmoe_compiler.passes.gradients import SumGradients
@@ -13,7 +14,7 @@ from lmoe_compiler.passes.overlap import Overlap
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.verifier import Verifier
-from lmoe_compiler.runtime.mesh import axis_of, names_of
+from lmoe_compiler.runtime.mesh import Axis, axis_of
 
 __all__ = ["GraphPass", "PassPipeline", "Record", "pipeline"]
 
@@ -25,7 +26,7 @@ def pipeline(options: CompileOptions) -> PassPipeline:
         Canonicalize(),
         *_spread(options),
         # After the parallel passes, which replace the marks of layers that are spread over ranks by their own form.
-        LowerExperts(),
+        LowerExperts(options.expert_capacity),
     )
     return PassPipeline(passes, options.disable)
 
@@ -33,33 +34,39 @@ def pipeline(options: CompileOptions) -> PassPipeline:
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes that make a graph one rank's part of a model."""
     passes: list[GraphPass] = []
-    rows, sequence, cut = (
-        names_of(name)
-        for name in (options.data_parallel, options.sequence_parallel, options.expert_parallel)
-    )
-    spread = rows + sequence
-    # The same axes on every rank, in one order: process groups are made here.
-    tokens, experts, everyone, replicas = (
-        axis_of(options.mesh, names if names[1:] else names[0]) if names else None
-        for names in (sequence, cut, spread, tuple(name for name in spread if name not in cut))
-    )
+    sequence = _axis(options, _present(options.sequence_parallel))
+    everyone = _axis(options, options.token_axes)
+    experts = _axis(options, options.expert_axes)
+    rest = _axis(options, tuple(n for n in options.token_axes if n not in options.expert_axes))
     dim = options.sequence_dim
-    if tokens:
+    if sequence:
         passes += [
             # Finds the token axis for all of these, so it sees the graph as the user wrote it.
-            SequenceParallel(tokens, dim, options.schedule),
-            Halo(tokens, dim),
-            SoftmaxParallel(tokens, dim),
+            SequenceParallel(sequence, dim, options.schedule),
+            Halo(sequence, dim),
+            SoftmaxParallel(sequence, dim),
         ]
     if everyone:
-        passes.append(GlobalNumbers(everyone, dim, cut=tokens is not None))
+        rows = everyone if options.batch_axes else None
+        passes.append(GlobalNumbers(sequence or everyone, dim, rows, cut=sequence is not None))
+    if options.expert_capacity is not None:
+        # Before the two passes that replace expert blocks, because it looks for them.
+        passes.append(CountDropped(options.expert_capacity, everyone))
     if experts:
-        passes.append(ExpertParallel(experts))
+        passes.append(ExpertParallel(experts, options.expert_capacity))
     if everyone and options.sum_gradients:
         # After ExpertParallel, which says whose weights are not replicated.
-        passes.append(SumGradients(everyone, replicas))
-    axis = everyone or experts
-    if axis:
-        # After all that talk to other ranks: it moves their waits, and names them.
-        passes += [Overlap(), Label(), Verifier(axis, sequence=tokens is not None)]
+        passes.append(SumGradients(everyone, rest if experts else everyone))
+    if everyone:
+        # Last: they move waits behind whatever the others have put into the graph, name all that talks, and check.
+        passes += [Overlap(), Label()]
+        passes.append(Verifier(everyone, sequence=sequence is not None))
     return tuple(passes)
+
+
+def _present(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)
+
+
+def _axis(options: CompileOptions, names: tuple[str, ...]) -> Axis | None:
+    return axis_of(options.mesh, *names) if names else None

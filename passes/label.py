@@ -31,11 +31,10 @@ class Label:
         for node in collectives_of(gm):
             assert callable(node.target)
             parameters = list(inspect.signature(node.target).parameters)
-            if "group" not in parameters:
+            position = parameters.index("group") if "group" in parameters else len(node.args)
+            group = node.args[position] if position < len(node.args) else None
+            if not isinstance(group, str):
                 continue
-            position = parameters.index("group")
-            group = node.args[position]
-            assert isinstance(group, str)
             label = f"{layer_of(node)}: {_purpose(node)}"
             if (name := named(group, label)) != group:
                 node.update_arg(position, name)

@@ -113,7 +113,7 @@ class Ranks:
 
     def _sum(self, x: Tensor, axes: tuple[str, ...], purpose: str) -> Tensor:
         assert self.mesh is not None
-        group = axis_of(self.mesh, axes).groups["numbers"]
+        group = axis_of(self.mesh, *axes).groups["numbers"]
         return collectives.all_reduce(x, named(group, f"lmoe train: {purpose}"))
 
     # -- batches ---------------------------------------------------------------------------------
