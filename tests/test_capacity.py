@@ -206,7 +206,7 @@ def test_drops_in_silence_are_refused() -> None:
 
     x, weights, gate_up, down = inputs(5)
     compiled = lmoe.compile(block, expert_capacity=1.0, inner="eager")
-    with pytest.raises(Exception, match="DropsInSilence: .* and no output says"):
+    with pytest.raises(Exception, match=r"DropsInSilence: .* and no output says"):
         compiled(x, weights, ROUTINGS["random"](5), gate_up, down)
 
 
