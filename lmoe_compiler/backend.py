@@ -19,7 +19,7 @@ from torch.nn import Module
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.debug import show
 from lmoe_compiler.parallel import follow_tokens
-from lmoe_compiler.passes import pipeline
+from lmoe_compiler.passes import after_aot, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
 from lmoe_compiler.runtime.mesh import lookup_only
@@ -66,8 +66,9 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
-    if chosen.after_aot:
-        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(chosen.after_aot), graph)
+    late = after_aot(chosen)
+    if late:
+        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(late), graph)
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
@@ -97,7 +98,7 @@ def _aot_eager(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def lowered(direction: str, aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        PassPipeline(chosen.after_aot).run(aten, graph)
+        PassPipeline(after_aot(chosen)).run(aten, graph)
         if graph.texts:
             graph.lowered.append((direction, readable(aten)))
         show("fx", f"{direction} after AOTAutograd", lambda: readable(aten))

@@ -87,15 +87,16 @@ def lowered(direction: str, *args: object) -> str:
     return text
 
 
-def windows(text: str) -> list[list[str]]:
-    """Products that run between the start and the wait of each exchange of rows."""
-    found, during = [], {}
+def windows(text: str, kind: str = "all_to_all_single") -> list[list[str]]:
+    """Products that run between the start and the wait of each exchange, in the order of waits."""
+    found: list[list[str]] = []
+    during: dict[str, list[str]] = {}
     for name, op, first in re.findall(r"(\w+)[^=\n]*= torch\.ops\.(\S+?)\.\w+\((\w+)", text):
-        if op == "_c10d_functional.all_to_all_single":
+        if op == f"_c10d_functional.{kind}":
             during[name] = []
         elif op == "_c10d_functional.wait_tensor" and first in during:
             found.append(during.pop(first))
-        elif op in ("aten.mm", "aten.bmm", "lmoe.grouped_mm"):
+        elif op in ("aten.mm", "aten.bmm", "lmoe.grouped_mm", "lmoe.grouped_mm_weight"):
             for products in during.values():
                 products.append(op)
     return found
@@ -106,8 +107,28 @@ def test_half_of_the_shared_expert_runs_during_each_exchange(factor: float | Non
     """Without a capacity the first exchange is the one of counts, which rows wait for."""
     rows = windows(lowered("forward", 0, factor))[-2:]
     assert rows == [["aten.mm"], ["aten.mm"]]
-    without = windows(lowered("forward", 0, factor, ("overlap",)))[-2:]
+    without = windows(lowered("forward", 0, factor, ("overlap", "starts")))[-2:]
     assert without == [[], []]
+
+
+@pytest.mark.parametrize("factor", [None, 1.25])
+def test_backward_exchanges_run_during_products_that_need_none(factor: float | None) -> None:
+    """Two products of half the shared expert; then experts' weights, the other half, the router's."""
+    there, back = windows(lowered("backward", 0, factor))
+    weight = "aten.bmm" if factor else "lmoe.grouped_mm_weight"
+    assert there == 2 * ["aten.mm"]
+    assert back == 2 * [weight] + 4 * ["aten.mm"]
+    assert windows(lowered("backward", 0, factor, ("starts",))) == [[], []]
+
+
+def test_sums_of_gradients_run_during_the_rest_of_the_backward() -> None:
+    """The router's is made last; those of the shared expert's two weights have time."""
+    sums = windows(lowered("backward", 0, 1.25), "all_reduce")
+    assert [len(products) for products in sums] == [0, 2, 8]
+    without = lowered("backward", 0, 1.25, ("starts",))
+    assert windows(without, "all_reduce") == [[], [], []]
+    ops = [re.findall(r"torch\.ops\.(\S+?)\(", t) for t in (without, lowered("backward", 0, 1.25))]
+    assert sorted(ops[0]) == sorted(ops[1])
 
 
 def test_a_capacity_makes_all_sizes_static() -> None:
