@@ -55,10 +55,11 @@ SIZES = ModelConfig(
 
 
 def torchrun(size: int, *argv: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
+    # Standalone: on a free port.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
-        [*command, *map(str, argv)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
+        [*command, f"--nproc-per-node={size}", *map(str, argv)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -183,13 +184,13 @@ def late(rank: int, size: int) -> None:
     ids = torch.randint(0, 16, (1, 6))
     if rank == 1:
         start = collectives.start_all_to_all
-        collectives.start_all_to_all = lambda *args: time.sleep(3) or start(*args)
+        collectives.start_all_to_all = lambda *args: time.sleep(2) or start(*args)
         with pytest.raises(RuntimeError, match="closed"):
             forward(ids, ids)
         collectives.start_all_to_all = start
         dist.barrier()
         backward(ids, ids)
-        time.sleep(6)
+        time.sleep(4)
         return
     failures = []
     for model in (forward, backward):

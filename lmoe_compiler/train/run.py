@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
         usage="lmoe train [options]",
         description="Train a Linear-MoE language model on text, compiled through our backend.",
         epilog="Without --data it reads the Python standard library's sources. "
-        'Example: lmoe train --data "books/**/*.txt" --minutes 30',
+        'Example: lmoe train --data "books/**/*.txt" --minutes 30. On several processes or GPUs: '
+        "torchrun --nproc-per-node 4 -m lmoe_compiler.cli train --sp 2 --ep 2 --dp 2",
     )
     add_flags(parser)
     arguments = parser.parse_args(argv)
