@@ -123,7 +123,7 @@ def trained(ranks: Ranks, seed: int) -> tuple[LinearMoEForCausalLM, torch.optim.
 
 def reshard(rank: int, size: int, folder: Path) -> None:
     """EP 4 to EP 2: all save, pairs load, the first pair saves; in its next save a rank is killed."""
-    ranks = Ranks(init_device_mesh("cpu", (1, 4), mesh_dim_names=AXES), ("sp",), rank)
+    ranks = Ranks(init_device_mesh("cpu", (2, 2), mesh_dim_names=AXES), AXES, rank)
     model, optimiser = trained(ranks, seed=0)
     assert len(model.layers[0].mlp.down) == 1
     checkpoint.save(folder, 1, checkpoint.state_of(model, optimiser, ranks), {}, 9, ranks)

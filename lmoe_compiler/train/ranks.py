@@ -9,6 +9,10 @@
 Losses and router statistics are those of the whole batch on every rank, and a gradient is a rank's share of the one
 loss. So gradients are summed, never averaged: over all ranks, and those of experts over the ranks that hold the same
 ones. Everything that a person sees is written by the first rank.
+
+A rank that dies breaks the next collective of the others, which end with CollectiveFailed; torchrun ends what is left
+after its 30 s. A rank that hangs is waited for `--timeout` seconds. `lmoe train --resume` goes on from the last
+checkpoint, on any grid: it is that of the flags, not the one that saved.
 """
 
 from __future__ import annotations
