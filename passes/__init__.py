@@ -70,9 +70,11 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
         # After ExpertParallel, which says whose weights are not replicated.
         passes.append(SumGradients(everyone, rest if experts else everyone))
     if everyone:
-        # Last: they move waits behind whatever the others have put into the graph, name all that talks, and check.
-        passes += [Overlap(), Label()]
+        # It moves waits behind whatever the others have put into the graph.
+        passes.append(Overlap())
         passes.append(Verifier(everyone, sequence=sequence is not None))
+        # Last: from here on a group's name is no longer its axis's.
+        passes.append(Label())
     return tuple(passes)
 
 

@@ -33,13 +33,18 @@ def named(group: str, label: str) -> str:
     """
     if not dist.is_initialized() or dist.get_backend() in ("fake", "threaded"):
         return group
-    name = label + _SIGN + group.rpartition(_SIGN)[2]
+    name = label + _SIGN + group_of(group)
     registry: Any = torch._C._distributed_c10d
     try:
         registry._resolve_process_group(name)
     except RuntimeError:
         registry._register_process_group(name, registry._resolve_process_group(group))
     return name
+
+
+def group_of(name: str) -> str:
+    """The group's own name."""
+    return name.rpartition(_SIGN)[2]
 
 
 @contextmanager
