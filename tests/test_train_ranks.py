@@ -184,13 +184,13 @@ def late(rank: int, size: int) -> None:
     ids = torch.randint(0, 16, (1, 6))
     if rank == 1:
         start = collectives.start_all_to_all
-        collectives.start_all_to_all = lambda *args: time.sleep(2) or start(*args)
+        collectives.start_all_to_all = lambda *args: time.sleep(4) or start(*args)
         with pytest.raises(RuntimeError, match="closed"):
             forward(ids, ids)
         collectives.start_all_to_all = start
         dist.barrier()
         backward(ids, ids)
-        time.sleep(4)
+        time.sleep(7)
         return
     failures = []
     for model in (forward, backward):
@@ -214,7 +214,7 @@ def late(rank: int, size: int) -> None:
 
 
 def small_model(axis: str, inner: str) -> LinearMoEForCausalLM:
-    """Over its own process groups, which give up after a second once everything is compiled."""
+    """Over its own process groups, which give up after two seconds once everything is compiled."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(axis,))
     torch.manual_seed(0)
     model = lmoe.compile(
@@ -225,7 +225,7 @@ def small_model(axis: str, inner: str) -> LinearMoEForCausalLM:
     model(ids, ids).loss.backward()
     for name in axis_of(mesh, axis).groups.values():
         group = dist.distributed_c10d._resolve_process_group(name)
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
     return model
 
 
