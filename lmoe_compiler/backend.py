@@ -19,9 +19,10 @@ from torch.nn import Module
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.debug import show
 from lmoe_compiler.parallel import follow_tokens
-from lmoe_compiler.passes import pipeline
+from lmoe_compiler.passes import after_aot, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
+from lmoe_compiler.runtime.mesh import lookup_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +43,9 @@ def lmoe_backend(
     graph = GraphRecord(record.texts, programs=_programs(gm))
     record.graphs.append(graph)
     show("fx", "graph of the model", lambda: readable(gm))
-    pipeline(chosen).run(gm, graph)
+    with lookup_only():
+        passes = pipeline(chosen)
+    passes.run(gm, graph)
     inner = INNER_COMPILERS[chosen.inner]
     return inner(gm, example_inputs, chosen, graph)
 
@@ -63,8 +66,9 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
-    if chosen.after_aot:
-        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(chosen.after_aot), graph)
+    late = after_aot(chosen)
+    if late:
+        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(late), graph)
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
@@ -94,7 +98,7 @@ def _aot_eager(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def lowered(direction: str, aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        PassPipeline(chosen.after_aot).run(aten, graph)
+        PassPipeline(after_aot(chosen)).run(aten, graph)
         if graph.texts:
             graph.lowered.append((direction, readable(aten)))
         show("fx", f"{direction} after AOTAutograd", lambda: readable(aten))
@@ -139,12 +143,13 @@ def compile(
     """`torch.compile` with our backend, for a function or a module; also as a decorator, with or without arguments.
 
     fullgraph, dynamic: as in torch.compile; a model that is spread over ranks has to be one graph.
-    options: those of config.CompileOptions (inner, disable, mesh, sequence_parallel, expert_parallel, ...).
+    options: those of config.CompileOptions (inner, disable, mesh, sequence_parallel, expert_parallel, expert_capacity,
+    ...).
     """
     if model is None:
         return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
     chosen = CompileOptions.of(options)
-    spread = chosen.sequence_parallel is not None or chosen.expert_parallel is not None
+    spread = bool(chosen.token_axes)
     if spread:
         # Process groups are made here, on all ranks in one order, never in the middle of a compilation.
         pipeline(chosen)

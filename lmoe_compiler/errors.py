@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from textwrap import indent
+from typing import Any
 
 
 class LmoeError(Exception):
@@ -21,6 +23,10 @@ class LmoeError(Exception):
             if part:
                 parts.append(f"  {label + ':':<7}" + indent(part, " " * 9).lstrip())
         return "\n".join(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = {"where": self.where, "why": self.why, "try_": self.try_}
+        return partial(type(self), **parts), (self.what,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self}"
@@ -189,6 +195,14 @@ class MixesTokens(LmoeError, NotImplementedError):
 
 class NotShardable(LmoeError, NotImplementedError):
     """A marked operation is used in a way that has no meaning on a shard of the sequence."""
+
+
+class DropsInSilence(LmoeError, ValueError):
+    """A fixed expert capacity, for a model that does not report what it leaves out."""
+
+
+class CollectiveFailed(LmoeError, RuntimeError):
+    """A collective timed out or lost a rank: which operation of which layer, and what is known of the others."""
 
 
 class WrongOnRanks(LmoeError, RuntimeError):

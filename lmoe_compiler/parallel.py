@@ -4,7 +4,18 @@
     lmoe.parallelize(model, mesh, expert_parallel="sp")      # before the optimiser is made
     model = lmoe.compile(model, mesh=mesh, sequence_parallel="sp", expert_parallel="sp")
 
-Each rank passes its own contiguous shard of the sequence. Everything else is done by passes.
+Each rank passes its own contiguous shard of the sequence; along an axis that is not the sequence's
+ranks pass other rows of the batch. Everything else is done by passes:
+
+    axes                                     a replicated parameter's      an expert's gradient
+                                             gradient is summed over       is summed over
+    sequence_parallel="sp", experts too      sp                            nothing
+    sequence_parallel="sp", experts="ep"     sp x ep                       sp
+    data_parallel="dp", experts="ep"         dp x ep                       dp
+    data_parallel="dp", experts too          dp                            nothing
+    "sp" and "dp", experts=("sp", "dp")      sp x dp                       nothing
+
+Experts need no sum over the axes that they are cut over: the rows of all ranks there came to them.
 """
 
 from __future__ import annotations
@@ -21,13 +32,15 @@ from lmoe_compiler.runtime.mesh import axis_of
 M = TypeVar("M", bound=nn.Module)
 
 
-def parallelize(model: M, mesh: DeviceMesh, *, expert_parallel: str) -> M:
+def parallelize(model: M, mesh: DeviceMesh, *, expert_parallel: str | tuple[str, ...]) -> M:
     """Keep this rank's experts only: rows [i E/P, (i+1) E/P) of every expert weight, in place.
 
-    Expert weights are the 3-D parameters of a module that has a `router`. Call it on every rank
-    with equal weights, before the optimiser is made.
+    `expert_parallel`: an axis of the mesh, or several as one. Expert weights are the 3-D parameters
+    of a module that has a `router`. Call it on every rank with equal weights, before the optimiser
+    is made.
     """
-    axis = axis_of(mesh, expert_parallel)
+    names = (expert_parallel,) if isinstance(expert_parallel, str) else expert_parallel
+    axis = axis_of(mesh, *names)
     for path, module in model.named_modules():
         if not hasattr(module, "router"):
             continue
@@ -39,7 +52,7 @@ def parallelize(model: M, mesh: DeviceMesh, *, expert_parallel: str) -> M:
                 raise NotShardable(
                     f"{experts} experts on {axis.size} ranks",
                     where=f"{path}.{name}",
-                    why=f"each rank of axis {expert_parallel!r} holds as many experts as the others",
+                    why=f"each rank of axis {axis.name} holds as many experts as the others",
                     try_=f"a number of experts that {axis.size} divides, or a smaller axis",
                 )
             share = experts // axis.size

@@ -3,18 +3,21 @@
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.passes.base import GraphPass, PassPipeline, Record
 from lmoe_compiler.passes.canonicalize import Canonicalize
+from lmoe_compiler.passes.dropped import CountDropped
 from lmoe_compiler.passes.expert_parallel import ExpertParallel
 from lmoe_compiler.passes.experts import LowerExperts
 from lmoe_compiler.passes.gradients import SumGradients
 from lmoe_compiler.passes.halo import Halo
+from lmoe_compiler.passes.label import Label
 from lmoe_compiler.passes.losses import GlobalNumbers
 from lmoe_compiler.passes.overlap import Overlap
+from lmoe_compiler.passes.schedule import RaiseStarts
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.verifier import Verifier
-from lmoe_compiler.runtime.mesh import axis_of
+from lmoe_compiler.runtime.mesh import Axis, axis_of
 
-__all__ = ["GraphPass", "PassPipeline", "Record", "pipeline"]
+__all__ = ["GraphPass", "PassPipeline", "Record", "after_aot", "pipeline"]
 
 
 def pipeline(options: CompileOptions) -> PassPipeline:
@@ -24,33 +27,60 @@ def pipeline(options: CompileOptions) -> PassPipeline:
         Canonicalize(),
         *_spread(options),
         # After the parallel passes, which replace the marks of layers that are spread over ranks by their own form.
-        LowerExperts(),
+        LowerExperts(options.expert_capacity),
     )
-    return PassPipeline(passes, options.disable)
+    late = [p.name for p in _late(options)]
+    return PassPipeline(passes, tuple(name for name in options.disable if name not in late))
+
+
+def after_aot(options: CompileOptions) -> tuple[GraphPass, ...]:
+    """The passes for the forward and backward graphs that AOTAutograd makes: ours, then the caller's."""
+    ours = (p for p in _late(options) if p.name not in options.disable)
+    return (*ours, *options.after_aot)
+
+
+def _late(options: CompileOptions) -> tuple[GraphPass, ...]:
+    return (RaiseStarts(),) if options.token_axes else ()
 
 
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes that make a graph one rank's part of a model."""
     passes: list[GraphPass] = []
-    names = (options.sequence_parallel, options.expert_parallel)
-    tokens, experts = (axis_of(options.mesh, name) if name else None for name in names)
-    if tokens:
-        dim = options.sequence_dim
+    sequence = _axis(options, _present(options.sequence_parallel))
+    everyone = _axis(options, options.token_axes)
+    experts = _axis(options, options.expert_axes)
+    rest = _axis(options, tuple(n for n in options.token_axes if n not in options.expert_axes))
+    dim = options.sequence_dim
+    if sequence:
         passes += [
             # Finds the token axis for all of these, so it sees the graph as the user wrote it.
-            SequenceParallel(tokens, dim, options.schedule),
-            Halo(tokens, dim),
-            SoftmaxParallel(tokens, dim),
-            GlobalNumbers(tokens, dim),
+            SequenceParallel(sequence, dim, options.schedule),
+            Halo(sequence, dim),
+            SoftmaxParallel(sequence, dim),
         ]
+    if everyone:
+        rows = everyone if options.batch_axes else None
+        passes.append(GlobalNumbers(sequence or everyone, dim, rows, cut=sequence is not None))
+    if options.expert_capacity is not None:
+        # Before the two passes that replace expert blocks, because it looks for them.
+        passes.append(CountDropped(options.expert_capacity, everyone))
     if experts:
-        passes.append(ExpertParallel(experts))
-    if tokens and options.sum_gradients:
+        passes.append(ExpertParallel(experts, options.expert_capacity))
+    if everyone and options.sum_gradients:
         # After ExpertParallel, which says whose weights are not replicated.
-        passes.append(SumGradients(tokens, options.expert_parallel))
-    axis = tokens or experts
-    if axis:
-        # Last: it moves waits behind whatever the others have put into the graph.
+        passes.append(SumGradients(everyone, rest if experts else everyone))
+    if everyone:
+        # It moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())
-        passes.append(Verifier(axis, sequence=tokens is not None))
+        passes.append(Verifier(everyone, sequence=sequence is not None))
+        # Last: from here on a group's name is no longer its axis's.
+        passes.append(Label())
     return tuple(passes)
+
+
+def _present(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)
+
+
+def _axis(options: CompileOptions, names: tuple[str, ...]) -> Axis | None:
+    return axis_of(options.mesh, *names) if names else None

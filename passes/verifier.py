@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lmoe_compiler.errors import WrongOnRanks
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import layer_of
 from lmoe_compiler.passes.token_axis import operator
-from lmoe_compiler.runtime import collectives, dispatch, exchange, sequence
+from lmoe_compiler.runtime import capacity, collectives, dispatch, exchange, sequence
 from lmoe_compiler.runtime.agreement import agree
 from lmoe_compiler.runtime.mesh import Axis
 
@@ -40,6 +41,10 @@ COLLECTIVES = frozenset(
         dispatch.send,
         dispatch.compute,
         dispatch.combine,
+        capacity.send,
+        capacity.compute,
+        capacity.combine,
+        capacity.dropped_rows,
         collectives.sum_gradient,
     }
 )
@@ -72,7 +77,7 @@ def verify(gm: fx.GraphModule) -> None:
             _document_offsets(node, 2, sequence.shifted_documents)
         elif name == "attention":
             _attention(node)
-        elif name == "experts" or node.target is dispatch.combine:
+        elif name == "experts" or node.target in (dispatch.combine, capacity.combine):
             _router(node)
 
 
@@ -140,7 +145,8 @@ def _document_offsets(node: fx.Node, position: int, source: Any) -> None:
 def _router(node: fx.Node) -> None:
     weights = node.args[1]
     assert isinstance(weights, fx.Node)
-    if not weights.meta["example_value"].requires_grad:
+    # Compiled for evaluation, nothing has a gradient.
+    if torch.is_grad_enabled() and not weights.meta["example_value"].requires_grad:
         _refuse(node, "has a router without a gradient", "its weights depend on no parameter")
 
 

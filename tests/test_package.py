@@ -37,7 +37,7 @@ LAYERS = (
     ("interpreted", "implementation"),
     ("lower",),
     ("codegen",),
-    ("experts",),
+    ("capacity",),
     ("runtime",),
     ("checks", "transforms", "stages"),
     ("kernels",),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from lmoe_compiler import cli
@@ -71,6 +72,14 @@ def flags(text: Path, out: Path, *more: str) -> list[str]:
 def losses(out: Path) -> list[float]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds, whatever ranks wrote it."""
+    found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in found.items()}
+    checkpoint.load(folder, state)
+    return state
 
 
 # -- configuration -------------------------------------------------------------------------------
@@ -186,9 +195,10 @@ def test_resume_continues_with_bitwise_the_same_losses(text, tmp_path):
         folder.rmdir()
     run.main(["--resume", str(cut)])
     assert losses(cut) == losses(whole)
-    states = [checkpoint.load(checkpoint.newest(path))[0] for path in (whole, cut)]
-    for name, value in states[0]["model"].items():
-        assert torch.equal(states[1]["model"][name], value), name
+    first, second = (tensors(checkpoint.newest(path)) for path in (whole, cut))
+    assert {name.split(".")[0] for name in first} == {"model", "optimiser"}
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
 
 
 def test_resume_refuses_another_architecture(text, tmp_path):
@@ -273,7 +283,7 @@ def test_non_finite_gradient_keeps_the_last_checkpoint(text, tmp_path, monkeypat
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", overflow)
     with pytest.raises(NonFiniteLoss, match=r"last good checkpoint: .*step-00000004"):
         run.main(flags(text, out, "--steps", "8", "--evaluations", "4"))
-    checkpoint.load(checkpoint.newest(out))
+    tensors(checkpoint.newest(out))
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
@@ -290,14 +300,14 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         if not child:
             _save_until(out, moments)
         _, status = os.waitpid(child, 0)
-        state, manifest = checkpoint.load(checkpoint.newest(out))
-        assert torch.equal(state["x"], torch.full((3,), float(manifest["step"])))
+        step = checkpoint.read_manifest(checkpoint.newest(out))["step"]
+        assert torch.equal(tensors(checkpoint.newest(out))["x"], torch.full((3,), float(step)))
         checkpoint.remove_unfinished(out)
         if not os.WIFSIGNALED(status):
             break
         moments += 1
     assert moments >= 8
-    assert manifest["step"] == 2
+    assert step == 2
     assert [p.name for p in out.iterdir()] == ["step-00000002"]
 
 
@@ -342,19 +352,23 @@ def test_kill_9_of_a_real_run_then_resume(text, tmp_path):
 def test_damaged_checkpoints_are_named_with_the_one_before(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"x": torch.ones(99)}, {}, keep=2)
-    path = checkpoint.newest(tmp_path) / "state.pt"
+    path = checkpoint.newest(tmp_path) / "__0_0.distcp"
     payload = bytearray(path.read_bytes())
     payload[200] ^= 1
     path.write_bytes(payload)
+    state = {"x": torch.zeros(99)}
     with pytest.raises(DamagedCheckpoint, match="SHA-256") as caught:
-        checkpoint.load(checkpoint.newest(tmp_path))
+        checkpoint.load(checkpoint.newest(tmp_path), state)
+    assert not state["x"].any()
     assert f"--resume {tmp_path / 'step-00000001'}" in str(caught.value)
     path.unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"cannot read state\.pt"):
-        checkpoint.load(checkpoint.newest(tmp_path))
+    with pytest.raises(DamagedCheckpoint, match=r"cannot read __0_0\.distcp"):
+        checkpoint.load(checkpoint.newest(tmp_path), state)
+    with pytest.raises(DamagedCheckpoint, match=r"holds other tensors: .*y"):
+        checkpoint.load(tmp_path / "step-00000001", {"y": torch.zeros(99)})
     (path.parent / "manifest.json").write_text("{")
     with pytest.raises(DamagedCheckpoint, match=r"cannot read manifest\.json"):
-        checkpoint.load(path.parent)
+        checkpoint.load(path.parent, state)
     with pytest.raises(DamagedCheckpoint, match="has no checkpoint"):
         checkpoint.newest(tmp_path / "elsewhere")
 

@@ -52,6 +52,11 @@ class TrainConfig:
     beta2: float = option(0.95, "AdamW's")
     clip: float = option(1.0, "largest norm of a step's gradient")
 
+    dp: int = option(0, "ranks that share the rows of a batch; 0: all that there are")
+    sp: int = option(1, "ranks that share a sequence")
+    ep: int = option(1, "ranks that share the experts: 1, sp, dp or all of the same ranks")
+    timeout: float = option(600.0, "seconds after which ranks no longer wait for each other")
+
     dtype: str = option("fp32", "fp32, or bf16 by autocast")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "of the CPU; 0: all, or one where others keep the cores busy")
@@ -74,9 +79,11 @@ class TrainConfig:
                     try_=f"--{name} {known[0]}",
                 )
         counts = ("sequence_length", "batch_size", "accumulate", "evaluations", "evaluation_tokens")
-        for name in (*counts, "keep"):
+        for name in (*counts, "keep", "sp", "ep"):
             if getattr(self, name) < 1:
                 raise InvalidTraining(f"{name}={getattr(self, name)} is not positive")
+        if self.dp < 0 or self.timeout <= 0:
+            raise InvalidTraining(f"dp={self.dp}, timeout={self.timeout}: neither may be negative")
         if not 0 < self.held_out < 1:
             raise InvalidTraining(
                 f"held_out={self.held_out} is not between 0 and 1", try_="--held-out 0.05"

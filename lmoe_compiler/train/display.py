@@ -107,6 +107,22 @@ class PlainDisplay:
         pass
 
 
+class Silent:
+    """For ranks other than the first: neither shows nor records anything."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, step: Step) -> None:
+        pass
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class LiveDisplay:
     """A panel that redraws itself; what is said scrolls by above it."""
 

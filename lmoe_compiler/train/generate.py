@@ -51,12 +51,12 @@ def load(
     path: Path, device: torch.device
 ) -> tuple[LinearMoEForCausalLM, ByteTokenizer | JsonTokenizer]:
     """The model of a checkpoint and the tokenizer it was trained with."""
-    state, manifest = checkpoint.load(checkpoint.newest(path))
-    config = from_dict(manifest["config"])
+    folder = checkpoint.newest(path)
+    config = from_dict(checkpoint.read_manifest(folder)["config"])
     tokenizer = load_tokenizer(config.tokenizer)
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     model = LinearMoEForCausalLM(model_config).to(device)
-    model.load_state_dict(state["model"])
+    checkpoint.load(folder, {"model": model.state_dict()})
     return model.eval(), tokenizer
 
 

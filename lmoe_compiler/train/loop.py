@@ -2,7 +2,9 @@
 sample.
 
 Everything random is a function of (seed, step), so a resumed run continues with bitwise the same
-losses on CPU. A run is measured in `progress`, 0 to 1: steps of `steps`, or seconds of `minutes`.
+losses on CPU. A run is measured in `progress`, 0 to 1: steps of `steps`, or seconds of `minutes`. On
+many ranks (ranks.py) every rank draws the whole batch, takes its part, and goes by the first one's
+clock.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from lmoe_compiler.models.linear_moe import CausalLMOutput, LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint, diagnose
 from lmoe_compiler.train.config import TrainConfig, to_dict
 from lmoe_compiler.train.data import Corpus, windows
-from lmoe_compiler.train.display import Display, Evaluation, Step
+from lmoe_compiler.train.display import Display, Evaluation, Silent, Step
 from lmoe_compiler.train.logs import Logs
+from lmoe_compiler.train.ranks import Ranks
 
 CompiledModel = Any
 
@@ -97,9 +100,10 @@ class Trainer:
         compiled: CompiledModel,
         corpus: Corpus,
         display: Display,
+        ranks: Ranks,
     ) -> None:
         self.config, self.model, self.compiled = config, model, compiled
-        self.corpus, self.display = corpus, display
+        self.corpus, self.display, self.ranks = corpus, display, ranks
         self.optimiser = make_optimiser(model, config)
         self.clock = Clock()
         self.run = Path(config.out)
@@ -111,14 +115,18 @@ class Trainer:
 
     def train(self) -> float:
         """Train to the end; the final held-out bits per byte."""
-        checkpoint.remove_unfinished(self.run)
-        logs = Logs(self.run, self.clock.step)
+        logs: Logs | Silent = Silent()
+        if self.ranks.first:
+            checkpoint.remove_unfinished(self.run)
+            logs = Logs(self.run, self.clock.step)
+        stop = False
         try:
             self._compile()
-            with stop_when_asked() as stop:
+            with stop_when_asked() as asked:
                 while self.progress < 1 and not stop:
                     self._step(logs)
                     self._evaluate_if_due(logs)
+                    stop = self.ranks.any(bool(asked))
             if stop:
                 self.save()
                 raise KeyboardInterrupt
@@ -142,15 +150,15 @@ class Trainer:
         assert loss is not None
         loss.backward()
         self.optimiser.zero_grad()
-        self._compile_seconds = time.monotonic() - begin
+        self._compile_seconds = self.ranks.of_first(time.monotonic() - begin)
 
-    def _step(self, logs: Logs) -> None:
+    def _step(self, logs: Logs | Silent) -> None:
         begin = time.monotonic()
         rate = learning_rate(self.config, self.progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         loss, load = self._gradients()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = self.ranks.clip_gradients(self.model, self.config.clip)
         if not torch.isfinite(norm):
             where = diagnose.first_non_finite_gradient(self.model)
             self._stop(f"the gradient's norm is {float(norm)}", where)
@@ -158,7 +166,7 @@ class Trainer:
         self.optimiser.zero_grad()
         config, clock = self.config, self.clock
         tokens = config.accumulate * config.batch_size * config.sequence_length
-        seconds = time.monotonic() - begin
+        seconds = self.ranks.of_first(time.monotonic() - begin)
         clock.step, clock.tokens, clock.seconds = (
             clock.step + 1,
             clock.tokens + tokens,
@@ -190,11 +198,12 @@ class Trainer:
             assert output.cross_entropy is not None
             if not torch.isfinite(output.loss):
                 with self._precision():
-                    where = diagnose.first_non_finite(self.model, *batch)
+                    where = diagnose.first_non_finite(self.ranks.whole(self.model), *batch)
                 self._stop(f"the loss is {float(output.loss.detach())}", where)
             (output.loss / self.config.accumulate).backward()
             total += float(output.cross_entropy.detach()) / self.config.accumulate
             loads.append(output.expert_load)
+        self.ranks.sum_gradients(self.model)
         return total, torch.stack(loads).sum(0)
 
     def _batch(self, micro: int) -> tuple[Tensor, Tensor]:
@@ -204,6 +213,7 @@ class Trainer:
         return inputs.to(self.device), labels.to(self.device)
 
     def _loss(self, inputs: Tensor, labels: Tensor) -> CausalLMOutput:
+        inputs, labels = (self.ranks.mine(x).contiguous() for x in (inputs, labels))
         with self._precision():
             output: CausalLMOutput = self.compiled(inputs, labels)
         return output
@@ -219,7 +229,7 @@ class Trainer:
 
     # -- held-out text ---------------------------------------------------------------------------
 
-    def _evaluate_if_due(self, logs: Logs) -> None:
+    def _evaluate_if_due(self, logs: Logs | Silent) -> None:
         due = int(self.progress * self.config.evaluations)
         if due > self.clock.evaluations:
             self.clock.evaluations = due
@@ -227,10 +237,10 @@ class Trainer:
             if self.progress < 1:
                 self.save()
 
-    def _evaluate(self, logs: Logs) -> None:
+    def _evaluate(self, logs: Logs | Silent) -> None:
         begin = time.monotonic()
         bits = self.bits_per_byte(self.config.evaluation_tokens, overlap=False)
-        self.clock.seconds += time.monotonic() - begin
+        self.clock.seconds += self.ranks.of_first(time.monotonic() - begin)
         clock = self.clock
         evaluation = Evaluation(clock.step, clock.tokens, clock.seconds, bits)
         logs.evaluation(evaluation)
@@ -243,9 +253,7 @@ class Trainer:
         stride = length // 2 if overlap else length
         nats, count, first = 0.0, 0, True
         for inputs, labels in self._held_out_batches(length, stride, limit):
-            with self._precision():
-                logits = self.model(inputs).logits.float()
-            each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            each = self._nats(inputs, labels)
             nats += float(each[:, length - stride :].double().sum())
             count += each[:, length - stride :].numel()
             if first and overlap:
@@ -253,6 +261,19 @@ class Trainer:
                 count += length - stride
             first = False
         return nats / count / math.log(2) / self.corpus.bytes_per_token("held_out")
+
+    def _nats(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of each token [B, T]; the same on all ranks."""
+        model, rows = self.model, len(inputs)
+        if self.ranks.size > 1:
+            # Cut up, only the compiled model is right; rows of nothing make a whole batch.
+            model, missing = self.compiled, self.config.batch_size - rows
+            inputs, labels = (F.pad(x, (0, 0, 0, missing)) for x in (inputs, labels))
+        with self._precision():
+            logits = model(self.ranks.mine(inputs).contiguous()).logits.float()
+        own = self.ranks.mine(labels)
+        each = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
+        return self.ranks.assemble(each, labels.shape)[:rows]
 
     def _held_out_batches(
         self, length: int, stride: int, limit: int
@@ -273,15 +294,18 @@ class Trainer:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def save(self) -> Path:
-        state = {
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+        facts = {
             "clock": vars(self.clock),
+            "config": to_dict(self.config),
+            "corpus": self.corpus.key,
         }
-        facts = {"config": to_dict(self.config), "corpus": self.corpus.key}
-        return checkpoint.save(self.run, self.clock.step, state, facts, self.config.keep)
+        step, keep = self.clock.step, self.config.keep
+        return checkpoint.save(self.run, step, self._state(), facts, keep, self.ranks)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.clock = Clock(**state["clock"])
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint, whatever ranks it was saved by."""
+        checkpoint.load(folder, self._state(), self.ranks)
+        self.clock = Clock(**checkpoint.read_manifest(folder)["clock"])
+
+    def _state(self) -> dict[str, Any]:
+        return checkpoint.state_of(self.model, self.optimiser, self.ranks)

@@ -59,9 +59,11 @@ def pick_compiler(name: str) -> str:
     return "aot_eager"
 
 
-def compile_model(model: nn.Module, compiler: str) -> Any:
-    """The model through our torch.compile backend, with the inner compiler that was chosen."""
+def compile_model(model: nn.Module, compiler: str, **options: Any) -> Any:
+    """The model through our torch.compile backend, with the inner compiler that was chosen and
+    options of `lmoe.compile`.
+    """
     compiler = pick_compiler(compiler)
     if compiler == "none":
         return model
-    return lmoe_compiler.compile(model, fullgraph=True, inner=compiler)
+    return lmoe_compiler.compile(model, fullgraph=True, inner=compiler, **options)
