@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lmoe_compiler.codegen.partition import closure
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
+from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
     Block,
     axis_order,

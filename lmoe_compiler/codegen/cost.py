@@ -16,8 +16,9 @@ from math import prod
 import sympy
 
 from lmoe_compiler.codegen import tuned
-from lmoe_compiler.codegen.partition import Call, closure
+from lmoe_compiler.codegen.partition import Call
 from lmoe_compiler.codegen.plan import Choice, Kernel, Plan, Tuning, Value
+from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Read, Step, topological
 
 B, T, H = sympy.symbols("B T H", positive=True, integer=True)
@@ -182,7 +183,6 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
         default=Tuning(block=64, num_warps=4, num_stages=stages),
         kernels=(
             ("prepare", _prepare(solves, vector)),
-            ("scan", Tuning(64, 0, 8 if cancel else 4, stages, full=cancel)),
             ("spans", Tuning(64, 0, 4, 3)),
             ("adjoint_spans", Tuning(64, 0, 4, 3)),
             ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import reduce
 
 from lmoe_compiler.codegen.addresses import Addresses, identifier
-from lmoe_compiler.codegen.partition import closure
 from lmoe_compiler.codegen.plan import Value
+from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
     CHUNK_OPS,
     COMPARISONS,
@@ -109,7 +109,7 @@ class Expressions(Addresses):
             return self.rename(node, operands[0])
         if node.op == "dot":
             computed = not all(self.is_load(bare(a)) for a in node.args)
-            full = self.kernel.tuning.full and computed or any(map(self.kept_full, node.args))
+            full = (self.kernel.tuning.full and computed) or any(map(self.kept_full, node.args))
             return self.dot(str(node["axis"]), *operands, full=full)
         if node.op in ("sum", "max"):
             return self.reduce(node, operands[0])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.expressions import Expressions
-from lmoe_compiler.codegen.partition import closure
 from lmoe_compiler.codegen.plan import WALKS, Carry, Store, Value
+from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
     Block,
     spread,

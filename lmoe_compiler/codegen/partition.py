@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from lmoe_compiler.codegen.plan import (
     Carry,
@@ -31,6 +31,8 @@ from lmoe_compiler.codegen.plan import (
     kept_states,
     padded,
 )
+from lmoe_compiler.codegen.products import contracted_values
+from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.solve_form import solve_form
 from lmoe_compiler.codegen.spans import span_carries
 from lmoe_compiler.codegen.tile import inside_levels, to_tiles
@@ -58,29 +60,6 @@ class Call:
     def exact(self) -> bool:
         """Whether sums over rows must keep every digit of fp32."""
         return self.dtype == "fp32"
-
-
-class Cut(Protocol):
-    """Where a walk down the graph stops."""
-
-    def __contains__(self, node: Any, /) -> bool: ...
-
-
-def closure(roots: Iterable[Node], cut: Cut = ()) -> list[Node]:
-    """Nodes needed for `roots`, operands first, not looking below values that can be loaded."""
-    order: list[Node] = []
-    seen: set[int] = set()
-    stack = [(root, False) for root in reversed(list(roots))]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            if node not in cut:
-                stack.extend((a, False) for a in reversed(node.args) if id(a) not in seen)
-    return order
 
 
 def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, frozenset[str]]:
@@ -425,41 +404,10 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     )
     late = [s for s in outputs if s not in early]
     if choice.products:
-        stores = _contracted_values([s.node for s in late], part.stored, program)
+        stores = contracted_values([s.node for s in late], part.stored, _values(program))
         part.add("products", "parallel", (), stores)
     part.add("gradients", "parallel", (), late)
     return part.plan("backward")
-
-
-def _contracted_values(
-    roots: Sequence[Node], stored: Mapping[Node, Value], program: Program
-) -> list[Store]:
-    """What `roots` need of values and of stored states, all of it contracted over the values' axis."""
-    values = set(_values(program))
-    nodes = closure(roots, stored)
-    users: dict[Node, list[Node]] = {}
-    for node in nodes:
-        for a in node.args if node not in stored else ():
-            users.setdefault(a, []).append(node)
-    found: dict[Node, None] = {}
-    for node in nodes:
-        if (
-            node in stored
-            or values & set(node.axes)
-            or not any(values & set(a.axes) for a in node.args)
-        ):
-            continue
-        while len(users.get(node, ())) == 1 and users[node][0].op == "sum" and ROW not in node.axes:
-            (node,) = users[node]
-        found[node] = None
-    return [Store(n, _contracted(n, f"product_{i}")) for i, n in enumerate(found)]
-
-
-def _contracted(node: Node, name: str) -> Value:
-    axes = tuple(a for a in node.axes if a != ROW)
-    if ROW in node.axes:
-        return Value(name, axes, "row", "dot" if axes else "fp32")
-    return Value(name, axes, "chunk", "fp32")
 
 
 def _fits_scan(

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import reduce
 from math import isqrt, prod
 
-from lmoe_compiler.codegen.partition import OUTPUT, Call, closure
+from lmoe_compiler.codegen.partition import OUTPUT, Call
 from lmoe_compiler.codegen.plan import (
     Carry,
     Choice,
@@ -30,6 +30,7 @@ from lmoe_compiler.codegen.plan import (
     Value,
     padded,
 )
+from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.tile import to_tiles
 from lmoe_compiler.codegen.tiling import Split, split
 from lmoe_compiler.codegen.token import token_graph

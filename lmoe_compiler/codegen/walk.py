@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.loops import Loops
-from lmoe_compiler.codegen.partition import closure
 from lmoe_compiler.codegen.plan import Carry, Value
+from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import Block, spread
 from lmoe_compiler.ir.nodes import Node
 
