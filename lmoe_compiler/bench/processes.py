@@ -26,7 +26,6 @@ class Task:
 
     work: dict[str, Any]
     variables: Mapping[str, str] = field(default_factory=dict)
-    module: str = WORKER
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Process:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", task.module, json.dumps(task.work)]
+        command = [sys.executable, "-m", WORKER, json.dumps(task.work)]
         self.child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
