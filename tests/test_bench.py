@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from lmoe_compiler import cli
-from lmoe_compiler.bench import autotuner, gates, kernels, library, processes, table
+from lmoe_compiler.bench import autotuner, gates, kernels, library, processes, table, tune
+from lmoe_compiler.bench.plans import call_of, plan_for
 from lmoe_compiler.bench.processes import Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import GATE_SHAPES, WORKLOADS, make_inputs
+from lmoe_compiler.codegen.cost import by_rule
+from lmoe_compiler.models import RECURRENCES
 
 TIMES = {16: 3.0, 32: 1.0, 64: 2.0}
 
@@ -234,3 +237,15 @@ def test_every_library_call_takes_the_inputs_it_is_given():
 def test_without_a_gpu_the_bench_says_so(command, capsys):
     assert cli.main(["bench", *command]) == 1
     assert "there is no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["simple_gla", "gla", "gated_delta_rule"])
+def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
+    program, shape = RECURRENCES[op].program(), GATE_SHAPES[1]
+    call = call_of(program, shape)
+    choices = list(tune.candidates(program, direction, call, shape))
+    assert len(choices) == len(set(choices)) > 5
+    assert choices[0] == by_rule(program, direction, call, *shape[:2])
+    plans = {plan_for(program, direction, choice, call) for choice in choices}
+    assert len(plans) == len(choices)

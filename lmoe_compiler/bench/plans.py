@@ -5,7 +5,7 @@ from __future__ import annotations
 from lmoe_compiler.bench.workloads import Shape
 from lmoe_compiler.codegen.cost import B, H, T, choose, device, estimate
 from lmoe_compiler.codegen.partition import Call, backward_plan, forward_plan
-from lmoe_compiler.codegen.plan import Plan
+from lmoe_compiler.codegen.plan import Choice, Plan
 from lmoe_compiler.codegen.triton import function_name
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.lower.adjoint import adjoint
@@ -26,7 +26,10 @@ def call_of(program: Program, shape: Shape) -> Call:
 def plan_of(op: str, direction: str, shape: Shape) -> Plan:
     program = RECURRENCES[op].program()
     call = call_of(program, shape)
-    choice = choose(program, direction, call, shape[0], shape[1])
+    return plan_for(program, direction, choose(program, direction, call, shape[0], shape[1]), call)
+
+
+def plan_for(program: Program, direction: str, choice: Choice, call: Call) -> Plan:
     chunk = chunk_program(program)
     if direction == "forward":
         return forward_plan(chunk, choice, call)
