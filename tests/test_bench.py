@@ -176,6 +176,14 @@ def test_the_librarys_choices_reach_its_timing(tmp_path, capsys):
     assert "| 8, 1024, 8, 64 | 900 | 2700 |" in text
 
 
+@pytest.mark.usefixtures("scripted_workers")
+def test_a_search_that_cannot_compile_stops_at_once(tmp_path, monkeypatch, capsys):
+    shares = [{"what": "die", "op": "kda"}]
+    monkeypatch.setattr(library, "shares", lambda op, shapes: shares)
+    assert library.main(["--workers", "2", "--out", str(tmp_path / "library.json")]) == 1
+    assert "nothing could be compiled: exit 1: illegal memory access" in capsys.readouterr().err
+
+
 def row(op, shape, side, **columns):
     return {"what": "measure", "op": op, "shape": list(shape), "side": side, **columns}
 

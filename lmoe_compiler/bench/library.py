@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.bench.measure import require_device
-from lmoe_compiler.bench.processes import Answer, Process, Task
+from lmoe_compiler.bench.processes import Answer, Process, Task, in_advance
 from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WIDE, WIDE_SHAPES, Shape, tuned_as
 
 # Seconds that one shape takes with an empty cache and one core. In the order of the search.
@@ -54,21 +55,19 @@ def main(argv: Sequence[str]) -> int:
             [pool.submit(run, Task(work, variables), clock) for work in shares(op, shapes)]
             for op, shapes in todo.items()
         ]
-        following = Process(searches[0]) if searches else None
-        for i, op in enumerate(todo):
-            # The next search imports while this one has the device.
-            process = following
-            following = Process(searches[i + 1]) if i + 1 < len(searches) else None
+        for i, process in enumerate(in_advance(searches)):
             answers = [future.result() for future in compiled[i]]
-            begin = clock.seconds
-            assert process is not None
+            if all(answer.error for answer in answers):
+                process.end()
+                pool.shutdown(cancel_futures=True)
+                print(f"nothing could be compiled: {answers[0].error}", file=sys.stderr)
+                return 1
             answers.append(process.run(min(clock.left, SEARCH_LIMIT)))
             for row in answers[-1].rows:
-                found[tuned_as(BY_NAME[op], tuple(row["shape"]))] = row["chosen"]
+                found[tuned_as(BY_NAME[row["op"]], tuple(row["shape"]))] = row["chosen"]
             save(found, chosen.out)
             print(
-                f"{clock.seconds:6.0f} s  {op}: {report(answers, clock.seconds - begin)}",
-                flush=True,
+                f"{clock.seconds:6.0f} s  {searches[i].work['op']}: {report(answers)}", flush=True
             )
     return 1 if any(missing(op, found) for op in chosen.ops) else 0
 
@@ -113,11 +112,11 @@ def shares(op: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     ]
 
 
-def report(answers: Sequence[Answer], seconds: float) -> str:
+def report(answers: Sequence[Answer]) -> str:
     *compilations, search = answers
     kernels = [sum(map(len, row["chosen"].values())) for row in search.rows]
     errors = " ".join(answer.error for answer in answers if answer.error)
-    counts = f"{len(compilations)} compilations, search {seconds:.0f} s, choices {kernels}"
+    counts = f"{len(compilations)} compilations, choices {kernels}"
     return f"{counts} {errors}".rstrip()
 
 

@@ -65,8 +65,16 @@ class Process:
         if not error and self.child.returncode:
             error = self._last_words()
         self.log.close()
-        rows = [json.loads(text) for text in output.splitlines() if text.startswith("{")]
+        # Other lines are the library's; one without an end was being written when the worker was killed.
+        lines = [line for line in output.splitlines(keepends=True) if line.startswith("{")]
+        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
         return Answer(self.task, rows, error)
+
+    def end(self) -> None:
+        """Ends a worker that gets no turn."""
+        self.child.kill()
+        self.child.communicate()
+        self.log.close()
 
     def _last_words(self) -> str:
         self.log.seek(0)
@@ -74,8 +82,8 @@ class Process:
         return f"exit {self.child.returncode}: {lines[-1][:200]}"
 
 
-def one_by_one(tasks: Iterable[Task], limit: float, ahead: int = 5) -> Iterator[Answer]:
-    """Answers in order. One worker runs at a time; the next `ahead` are importing."""
+def in_advance(tasks: Iterable[Task], ahead: int = 1) -> Iterator[Process]:
+    """Processes in order, of which the next `ahead` are already importing."""
     left = iter(tasks)
     ready: deque[Process] = deque()
     try:
@@ -84,11 +92,16 @@ def one_by_one(tasks: Iterable[Task], limit: float, ahead: int = 5) -> Iterator[
                 ready.append(Process(task))
             if not ready:
                 return
-            yield ready.popleft().run(limit)
+            yield ready.popleft()
     finally:
         for process in ready:
-            process.child.kill()
-            process.child.communicate()
+            process.end()
+
+
+def one_by_one(tasks: Iterable[Task], limit: float, ahead: int = 5) -> Iterator[Answer]:
+    """Answers in order. One worker runs at a time while the next ones import."""
+    for process in in_advance(tasks, ahead):
+        yield process.run(limit)
 
 
 def side_by_side(tasks: Sequence[Task], limit: float, workers: int) -> Iterator[Answer]:
