@@ -3,6 +3,7 @@
     o = r(q, k, v)                                       [B, T, H, ...]
     o, S = r(q, k, v, initial_state=S, return_state=True)
     o, S = r.step(q, k, v, state=S)                      [B, H, ...]
+    o, S = r.step(q, k, v, state=S, inplace=True)        S becomes the next state
 
 Shapes, dtypes and devices are checked before any work (checks.py). Next: library.py.
 """
@@ -26,6 +27,8 @@ State = Tensor | Sequence[Tensor] | None
 
 def bind(r: Recurrence, args: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
     """Positional and named inputs in the signature's order."""
+    if not named and len(args) == len(r.inputs) and all([isinstance(x, Tensor) for x in args]):
+        return list(args)
     names = [var.name for var in r.inputs]
     if len(args) > len(names):
         raise _misfit(r, f"got {len(args)} positional arguments", f"takes {len(names)} inputs")
@@ -70,18 +73,31 @@ def scan(
     return (output, _as_given(finals)) if return_state else output
 
 
-def step(r: Recurrence, *args: Tensor, state: State = None, **named: Tensor) -> Any:
-    """(o, next states) of one token; `state=None` is the start of a sequence."""
+def step(
+    r: Recurrence, *args: Tensor, state: State = None, inplace: bool = False, **named: Tensor
+) -> Any:
+    """(o, next states) of one token; `state=None` is the start of a sequence.
+
+    With `inplace` the given states become the next ones: no second copy is allocated or written.
+    """
     inputs = bind(r, args, named)
     states = _as_list(r, state, "state")
+    if inplace and not states:
+        raise _misfit(r, "got inplace=True without a state", "writes the next state over state=")
     if r.options.implementation == "reference":
         rows = [
             x.unsqueeze(1) if var.kind == "token" else x
             for var, x in zip(r.inputs, inputs, strict=True)
         ]
         output, final = r.reference(*rows, initial_state=state, return_state=True)
+        if inplace:
+            for old, new in zip(states, _as_list(r, final, "state"), strict=True):
+                old.copy_(new)
+            final = state
         return output.squeeze(1), final
     text = (r.origin or r).text(**_static_sizes(r, inputs))
+    if inplace:
+        return library.step_(text, inputs, states, r.options), state
     output, *following = library.step(text, inputs, states, r.options)
     return output, _as_given(following)
 
@@ -117,6 +133,8 @@ def _as_given(states: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
 
 def _static_sizes(r: Recurrence, inputs: Sequence[Tensor]) -> dict[str, int]:
     """Lengths of the dims that the step loops over: each is a program of its own."""
+    if not r.static_dims:
+        return {}
     sizes: dict[str, int] = {}
     for dim in r.static_dims:
         for var, x in zip(r.inputs, inputs, strict=True):

@@ -72,7 +72,11 @@ class Recurrence:
         return call.scan(self, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """One decode step: inputs [B, H, ...], `state=` [B, H, ...] -> (o, next state)."""
+        """One decode step: inputs [B, H, ...], `state=` [B, H, ...] -> (o, next state).
+
+        With `inplace=True` the state tensors are overwritten with the next state and returned: what a decode loop
+        wants, and what a CUDA graph can replay. There is no gradient through it.
+        """
         return call.step(self, *args, **kwargs)
 
     def with_options(self, **changes: Any) -> Recurrence:

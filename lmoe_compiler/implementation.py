@@ -9,15 +9,16 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import FallbackWarning, ImplementationUnavailable
 from lmoe_compiler.ir.nodes import Program
-from lmoe_compiler.layout import Measured, Saved, Spec, Tensors
+from lmoe_compiler.layout import Measured, Saved, Tensors
 
 TORCH, TRITON = "lmoe_compiler.lower.execute", "lmoe_compiler.codegen.run"
 INTERPRETER = "lmoe_compiler.interpreted"
@@ -65,6 +66,10 @@ class Implementation(Protocol):
         self, program: Program, inputs: Tensors, states: Tensors | None, options: Options
     ) -> tuple[Tensor, list[Tensor]]: ...
 
+    def step_(
+        self, program: Program, inputs: Tensors, states: Tensors, options: Options
+    ) -> Tensor: ...
+
 
 def choose(
     function: str, program: Program, inputs: Sequence[Measured], options: Options
@@ -103,42 +108,47 @@ def kernels_or_reason(
     function: str, program: Program, inputs: Sequence[Measured], options: Options
 ) -> Any:
     """The module of generated kernels, or the reason (a str) why it does not run this call."""
-    specs = tuple([Spec(x.shape, x.dtype, x.device) for x in inputs])
+    shapes, dtypes = tuple([x.shape for x in inputs]), tuple([x.dtype for x in inputs])
+    # A program is compared as an object, because its hash walks all of it; what is kept keeps it alive.
+    key = (function, id(program), shapes, dtypes, inputs[0].device, options.text)
     try:
-        return _kernels_or_reason(function, _Same(program), specs, options)
+        known = _known.get(key)
     except TypeError:  # symbolic sizes cannot be looked up
-        return _kernels_or_reason.__wrapped__(function, _Same(program), specs, options)
+        return _kernels_or_reason(function, program, inputs, options)
+    if known is None:
+        if len(_known) >= MOST:
+            _known.clear()
+        known = program, _kernels_or_reason(function, program, inputs, options)
+        _known[key] = known
+    return known[1]
 
 
-class _Same:
-    """Equal only to itself: a program is compared as an object, because its hash walks all of it."""
-
-    __slots__ = ("program",)
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def __hash__(self) -> int:
-        return id(self.program)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.program is other.program
+MOST = 4096
+_known: dict[tuple[Any, ...], tuple[Program, Any]] = {}
 
 
-@lru_cache(maxsize=4096)
+def forget() -> None:
+    """Drops what was decided, so that the next call decides again."""
+    _known.clear()
+
+
 def _kernels_or_reason(
-    function: str, same: _Same, inputs: tuple[Spec, ...], options: Options
+    function: str, program: Program, inputs: Sequence[Measured], options: Options
 ) -> Any:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'lmoe-compiler[gpu]')"
-    if inputs[0].device.type != "cuda" and not _interpreted():
-        return f"the inputs are on {inputs[0].device}, and kernels run on CUDA devices only"
+    device = inputs[0].device
+    if device.type != "cuda" and not _interpreted():
+        return f"the inputs are on {device}, and kernels run on CUDA devices only" + _no_gpu()
     kernels = _module(TRITON)
     if not hasattr(kernels, function):
         return f"there is no generated kernel for {function}"
-    unsupported = getattr(kernels, "unsupported", None)
-    reason = unsupported(same.program, inputs, options) if unsupported else None
+    reason = kernels.unsupported(program, inputs, options)
     return kernels if reason is None else reason
+
+
+def _no_gpu() -> str:
+    return "" if torch.cuda.is_available() else " (torch sees no CUDA device on this machine)"
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:

@@ -58,6 +58,13 @@ def step(
     return output.squeeze(1).contiguous(), finals
 
 
+def step_(program: Program, inputs: Tensors, states: Tensors, options: Options) -> Tensor:
+    output, finals = step(program, inputs, states, options)
+    for state, new in zip(states, finals, strict=True):
+        state.copy_(new)
+    return output
+
+
 def span_map(
     program: Program, inputs: Tensors, cu_seqlens: Tensor | None, options: Options
 ) -> tuple[list[Tensor | None], list[Tensor]]:

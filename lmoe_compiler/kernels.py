@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lmoe_compiler import layout
@@ -82,6 +83,13 @@ def step(text: str, inputs: Tensors, states: Tensors, options: str) -> list[Tens
     return [output, *following]
 
 
+def step_(text: str, inputs: Tensors, states: Tensors, options: str) -> Tensor:
+    program, chosen = parse(text), Options.parse(options)
+    output: Tensor = choose("step_", program, inputs, chosen)(program, inputs, states, chosen)
+    torch.autograd.graph.increment_version(states)
+    return output
+
+
 def fake_scan(
     text: str, inputs: Tensors, states: Tensors, cu_seqlens: Tensor | None, options: str
 ) -> list[Tensor]:
@@ -96,6 +104,10 @@ def fake_step(text: str, inputs: Tensors, states: Tensors, options: str) -> list
     program = parse(text)
     check(program, inputs, states, None, step=True)
     return fake_results(program, layout.measure(program, inputs, states, None, step=True), inputs)
+
+
+def fake_step_(text: str, inputs: Tensors, states: Tensors, options: str) -> Tensor:
+    return fake_step(text, inputs, states, options)[0]
 
 
 def fake_results(program: Program, sizes: layout.Sizes, inputs: Tensors) -> list[Tensor]:

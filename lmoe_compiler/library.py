@@ -5,6 +5,7 @@
     lmoe::span_map           M of each state that has one, E of each state: S_out = M S_in + E
     lmoe::span_map_backward  gradients of inputs
     lmoe::step               o, next states                 one decode step
+    lmoe::step_              o                              the same, into the given states
 
 Nothing is registered per recurrence. Each op has a fake kernel (which also checks the call), an autograd formula
 whose backward is an op of the family, vmap and autocast rules (transforms.py) and a FLOP formula. `call` is how the
@@ -33,6 +34,7 @@ from lmoe_compiler.kernels import parse
 from lmoe_compiler.layout import Tensors
 
 Run = Callable[..., list[Tensor]]
+STEPS = ("step", "step_")
 
 SCHEMAS = {
     "scan": "str program, Tensor[] inputs, Tensor[] states, Tensor? cu_seqlens, str options",
@@ -42,6 +44,7 @@ SCHEMAS = {
     "span_map_backward": "str program, Tensor[] inputs, Tensor? cu_seqlens, Tensor[] d_results, "
     "str options",
     "step": "str program, Tensor[] inputs, Tensor[] states, str options",
+    "step_": "str program, Tensor[] inputs, Tensor(a!)[] states, str options",
 }
 
 
@@ -58,7 +61,8 @@ def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
     saved = output[1 + len(parse(text).states) :]
     ctx.call = (text, options, len(tokens), len(states))
     ctx.save_for_backward(*tokens, *states, *saved, cu_seqlens)
-    ctx.mark_non_differentiable(*saved)
+    if saved:
+        ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 
 
@@ -69,13 +73,13 @@ def _differentiate_scan(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, 
     saved = tensors[num_inputs + num_states :]
     program = parse(text)
     d_output, *d_states = grads[: 1 + len(program.states)]
-    sizes = layout.measure(program, inputs, states, cu_seqlens)
-    zeros = kernels.fake_results(program, sizes, inputs) if None in (d_output, *d_states) else []
-    if d_output is None:
-        d_output = zeros[0].zero_()
-    if all(d is None for d in d_states):
+    if all([d is None for d in d_states]):
         d_states = []
-    d_states = [zeros[1 + i].zero_() if d is None else d for i, d in enumerate(d_states)]
+    if d_output is None or any([d is None for d in d_states]):
+        sizes = layout.measure(program, inputs, states, cu_seqlens)
+        zeros = [x.zero_() for x in kernels.fake_results(program, sizes, inputs)]
+        d_output = zeros[0] if d_output is None else d_output
+        d_states = [z if d is None else d for d, z in zip(d_states, zeros[1:], strict=False)]
     results = call(
         "scan_backward", text, inputs, states, cu_seqlens, saved, d_output, d_states, options
     )
@@ -138,11 +142,22 @@ def _refuse_second(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     )
 
 
+def _in_place(text: str) -> UnsupportedTransform:
+    name = parse(text).name
+    return UnsupportedTransform(
+        f"gradient through an in-place step of {name}",
+        why="the states before the step, which a backward needs, are overwritten",
+        try_=f"{name}.step(..., state=S), or torch.no_grad() around the loop",
+    )
+
+
 @dataclass(frozen=True)
 class Operator:
-    kernel: Callable[..., list[Tensor]]
-    fake: Callable[..., list[Tensor]]
-    derivative: Derivative
+    """`derivative` is None where there is none: the operator overwrites what a backward needs."""
+
+    kernel: Callable[..., Any]
+    fake: Callable[..., Any]
+    derivative: Derivative | None
     # Operations per operation of the recurrence: a backward multiplies by both operands' adjoints.
     cost: int
     forward: bool = True
@@ -168,14 +183,16 @@ OPERATORS = {
     "step": Operator(
         kernels.step, kernels.fake_step, Derivative(_setup_step, _differentiate_step), 1
     ),
+    "step_": Operator(kernels.step_, kernels.fake_step_, None, 1),
 }
 
 
 def _register(name: str, operator: Operator) -> None:
     qualified = f"lmoe::{name}"
-    torch.library.define(
-        qualified, f"({SCHEMAS[name]}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
-    )
+    # Functionalisation takes an operator that writes to arguments only if it returns no list.
+    returns = "Tensor" if operator.derivative is None else "Tensor[]"
+    schema = f"({SCHEMAS[name]}) -> {returns}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(operator.kernel)
     torch.library.register_fake(qualified, operator.fake)
     torch.library.impl(qualified, "Autograd")(partial(_autograd, name))
@@ -186,7 +203,7 @@ def _register(name: str, operator: Operator) -> None:
 
     def flops(text: str, inputs: Tensors, *rest: Any, **_: Any) -> int:
         program = parse(text)
-        sizes = layout.measure(program, inputs, (), None, step=name == "step")
+        sizes = layout.measure(program, inputs, (), None, step=name in STEPS)
         return operator.cost * layout.multiply_adds(program, sizes)
 
     flop_formula(getattr(torch.ops.lmoe, name), get_raw=True)(flops)
@@ -224,8 +241,25 @@ class _Differentiable(torch.autograd.Function):
         )
 
 
+class _Direct(_Differentiable):
+    """The same where nothing wraps tensors: `args` are the flat ones already."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, run: Run, name: str, text: str, args: list[Any], *flat: Any
+    ) -> tuple[Any, ...]:
+        results = run(text, *args)
+        ctx.derivative, ctx.program = OPERATORS[name].derivative, text
+        ctx.derivative.setup(ctx, (text, *args), results)
+        return tuple(results)
+
+    # Autograd's own: the context comes to `forward`.
+    setup_context = torch.autograd.Function.setup_context
+
+
 # Function.apply without its check for torch.func: the dispatcher has already taken this op to one level of autograd.
 _apply = super(torch.autograd.Function, _Differentiable).apply
+_apply_direct = super(torch.autograd.Function, _Direct).apply
 
 
 def _wants_derivative(flat: Sequence[Tensor | None]) -> bool:
@@ -234,12 +268,12 @@ def _wants_derivative(flat: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
 
 
-def _autograd(name: str, text: str, *args: Any) -> list[Tensor]:
+def _autograd(name: str, text: str, *args: Any) -> Any:
     """The op's kernel at the autograd key."""
 
     grad_mode = torch.is_grad_enabled()
 
-    def below(*arguments: Any) -> list[Tensor]:
+    def below(*arguments: Any) -> Any:
         # autograd.Function turns grad mode off; torch.func's outer levels, which run below here, need it as it was.
         with torch.set_grad_enabled(grad_mode), torch._C._AutoDispatchBelowAutograd():
             return _op(name)(*arguments)
@@ -247,6 +281,8 @@ def _autograd(name: str, text: str, *args: Any) -> list[Tensor]:
     flat = _flatten(args)
     if not _wants_derivative(flat):
         return below(text, *args)
+    if OPERATORS[name].derivative is None:
+        raise _in_place(text)
     with enable_single_level_autograd_function():
         return list(_apply(below, name, text, args, *flat))
 
@@ -286,7 +322,7 @@ def _direct(tensors: Sequence[Any]) -> bool:
         and (device := tensors[0].device.type) in transforms.DEVICES
         and not torch.is_autocast_enabled(device)
         and not torch.autograd.profiler._is_profiler_enabled
-        and all(x is None or type(x) in _PLAIN for x in tensors)
+        and all([x is None or type(x) in _PLAIN for x in tensors])
     )
 
 
@@ -307,10 +343,12 @@ def call(name: str, text: str, *args: Any) -> list[Tensor]:
     return _run(name, text, args, flat)
 
 
-def _run(name: str, text: str, args: tuple[Any, ...], flat: list[Tensor | None]) -> list[Tensor]:
+def _run(name: str, text: str, args: tuple[Any, ...], flat: list[Tensor | None]) -> Any:
     kernel = OPERATORS[name].kernel
     if _wants_derivative(flat):
-        return list(_apply(kernel, name, text, args, *flat))
+        if OPERATORS[name].derivative is None:
+            raise _in_place(text)
+        return list(_apply_direct(kernel, name, text, args, *flat))
     return kernel(text, *args)
 
 
@@ -321,10 +359,10 @@ def _checked_call(
     states: list[Tensor],
     cu_seqlens: Tensor | None,
     *rest: Any,
-) -> list[Tensor]:
+) -> Any:
     if torch.compiler.is_compiling():
         return _op(name)(text, inputs, states, *rest)
-    program, step = parse(text), name == "step"
+    program, step = parse(text), name in STEPS
     inputs = transforms.autocast(program, inputs)
     flat = [*inputs, *states, cu_seqlens]
     if not _direct(flat):
@@ -352,6 +390,12 @@ def scan(
 def step(text: str, inputs: list[Tensor], states: list[Tensor], options: Options) -> list[Tensor]:
     """o [B, H, *axes] and the next states of one decode step; no `states` means zeros."""
     return _checked_call("step", text, inputs, states, None, options.text)
+
+
+def step_(text: str, inputs: list[Tensor], states: list[Tensor], options: Options) -> Tensor:
+    """o [B, H, *axes] of one decode step; `states` become the next states."""
+    output: Tensor = _checked_call("step_", text, inputs, states, None, options.text)
+    return output
 
 
 for _name, _operator in OPERATORS.items():

@@ -14,7 +14,7 @@ from lmoe_compiler.analysis.report import Proved
 from lmoe_compiler.config import Options, environment
 from lmoe_compiler.debug import heading, show
 from lmoe_compiler.errors import ImplementationUnavailable
-from lmoe_compiler.implementation import choose, kernels_or_reason
+from lmoe_compiler.implementation import TRITON, choose, kernels_or_reason
 from lmoe_compiler.ir.nodes import Node, Program, topological
 from lmoe_compiler.ir.text import print_program
 from lmoe_compiler.lower.adjoint import adjoint
@@ -40,7 +40,11 @@ def of_call(program: Program, inputs: Sequence[Tensor], options: Options) -> lis
         run = choose("scan", program, inputs, options)
     except ImplementationUnavailable as error:
         return [("implementation", str(error))]
-    return [("implementation", f"{run.__module__} on {inputs[0].device}, {options.text or 'auto'}")]
+    page = ("implementation", f"{run.__module__} on {inputs[0].device}, {options.text or 'auto'}")
+    kernels = kernels_or_reason("report", program, inputs, options)
+    if run.__module__ != TRITON or isinstance(kernels, str):
+        return [page]
+    return [page, ("kernels", kernels.report(program, inputs, options))]
 
 
 def source(program: Program, inputs: Sequence[Tensor], options: Options) -> str:

@@ -57,6 +57,12 @@ def vmap_rule(name: str, schema: str, parse: Parse) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], text: str, *args: Any) -> Any:
         program, size = parse(text), info.batch_size
+        if name == "step_":
+            raise UnsupportedTransform(
+                f"vmap over an in-place step of {program.name}",
+                why="mapped problems run as more heads, on a copy of the states",
+                try_=f"{program.name}.step(..., state=S)",
+            )
         if any(
             d is not None and r == "cu_seqlens" for r, d in zip(roles, in_dims[1:], strict=True)
         ):

@@ -60,3 +60,18 @@ def test_forward_kernels_are_within_budget():
 def test_scans_of_the_backward_are_within_budget():
     rows = compiled("simple_gla", "gated_delta_rule", "--directions", "backward")
     within_budget([row for row in rows if row["kernel"] in ("prepare", "states", "adjoint")])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sequential_kernels_are_within_budget():
+    """A recurrence that is nonlinear in its state: registers hold it, and nothing is spilled."""
+    rows = compiled("slstm", "--shape", "2,2048,16,64")
+    within_budget(rows)
+    assert {row["kernel"] for row in rows} == {"walk", "entries", *(f"sum_R{x}" for x in "zifo")}
+
+
+def test_a_step_is_within_budget():
+    rows = compiled("gated_delta_rule", "gla", "--directions", "step", "step_")
+    within_budget(rows)
+    assert all(row["kernel"] == "step" and row["registers"] <= 128 for row in rows)

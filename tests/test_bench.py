@@ -9,7 +9,7 @@ import torch
 
 from lmoe_compiler import cli
 from lmoe_compiler.bench import autotuner, gates, kernels, library, processes, table, tune
-from lmoe_compiler.bench.plans import call_of, plan_for
+from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.bench.processes import Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import GATE_SHAPES, WORKLOADS, make_inputs
 from lmoe_compiler.codegen.cost import by_rule
@@ -250,10 +250,8 @@ def test_without_a_gpu_the_bench_says_so(command, capsys):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("op", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
-    program, shape = RECURRENCES[op].program(), GATE_SHAPES[1]
-    call = call_of(program, shape)
-    choices = list(tune.candidates(program, direction, call, shape))
+    request = request_of(RECURRENCES[op].program(), direction, GATE_SHAPES[1])
+    choices = list(tune.candidates(request))
     assert len(choices) == len(set(choices)) > 5
-    assert choices[0] == by_rule(program, direction, call, *shape[:2])
-    plans = {plan_for(program, direction, choice, call) for choice in choices}
-    assert len(plans) == len(choices)
+    assert choices[0] == by_rule(request.program, direction, request.call, *request.lengths)
+    assert len({request.plan(choice) for choice in choices}) == len(choices)

@@ -1,4 +1,4 @@
-"""Generated kernels run in Triton's interpreter, in a process of their own (interpreted_kernels.py)."""
+"""Generated kernels run in Triton's interpreter, in a process of their own (interpreted_*.py)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter(tmp_path):
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("interpreted_*.py")))
+def test_kernels_in_the_interpreter(file, tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "LMOE_KERNEL_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(HERE / "interpreted_kernels.py")],
+        [*command, str(HERE / file)],
         env=environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

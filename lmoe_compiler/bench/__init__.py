@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "kernels": "forward and backward on the grid of shapes; --against fla",
+    "decode": "one decode step, eager and in a CUDA graph; --against fla",
+    "host": "what the processor does in one call, without a GPU",
     "library": "search flash-linear-attention's configurations once, for --chosen",
     "table": "print the table, the gates and the picture of results.jsonl again",
     "resources": "registers, spills and shared memory of kernels compiled for sm_90, without a GPU",

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import torch
+
 from lmoe_compiler.bench.workloads import Shape
-from lmoe_compiler.codegen.cost import B, H, T, choose, device, estimate
-from lmoe_compiler.codegen.partition import Call, backward_plan, forward_plan
-from lmoe_compiler.codegen.plan import Choice, Plan
+from lmoe_compiler.codegen.compiled import Request
+from lmoe_compiler.codegen.cost import B, H, T, device, estimate
+from lmoe_compiler.codegen.names import printable
+from lmoe_compiler.codegen.partition import Call
+from lmoe_compiler.codegen.plan import Plan
 from lmoe_compiler.codegen.triton import function_name
+from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program
-from lmoe_compiler.lower.adjoint import adjoint
-from lmoe_compiler.lower.chunk import chunk_program
+from lmoe_compiler.layout import Spec, leading
 from lmoe_compiler.models import RECURRENCES
 
 
+def request_of(program: Program, direction: str, shape: Shape) -> Request:
+    """A benchmark call: bf16 tokens, fp32 head parameters, all heads alike; a step has a state."""
+    step = direction in ("step", "step_")
+    sizes = dict(zip("BTH", shape, strict=False))
+    specs = [
+        Spec(
+            (*(sizes[n] for n in leading(var, step=step)), *(shape[3] for _ in var.axes)),
+            torch.float32 if var.kind == "head" else torch.bfloat16,
+            torch.device("cuda"),
+        )
+        for var in program.inputs
+    ]
+    ends = tuple(False for _ in program.states) if direction == "backward" else ()
+    return Request(direction, printable(program), specs, step, None, ends, Options())
+
+
 def call_of(program: Program, shape: Shape) -> Call:
-    """The plan's view of a benchmark call: bf16, all heads alike, no states given."""
-    _, _, heads, size = shape
-    sizes = dict(program.static)
-    sizes |= {axis.rstrip("'"): size for var in program.inputs for axis in var.axes}
-    names = tuple((var.name, heads) for var in program.inputs)
-    none = tuple(False for _ in program.states)
-    return Call(tuple(sizes.items()), heads, names, "bf16", False, False, none)
+    """The plan's view of a benchmark call."""
+    return request_of(program, "backward", shape).call
 
 
 def plan_of(op: str, direction: str, shape: Shape) -> Plan:
-    program = RECURRENCES[op].program()
-    call = call_of(program, shape)
-    return plan_for(program, direction, choose(program, direction, call, shape[0], shape[1]), call)
-
-
-def plan_for(program: Program, direction: str, choice: Choice, call: Call) -> Plan:
-    chunk = chunk_program(program)
-    if direction == "forward":
-        return forward_plan(chunk, choice, call)
-    return backward_plan(adjoint(chunk), choice, call)
+    request = request_of(RECURRENCES[op].program(), direction, shape)
+    return request.plan(request.choice())
 
 
 def bounds(op: str, shape: Shape) -> dict[str, dict[str, float]]:

@@ -8,19 +8,26 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from lmoe_compiler.bench.plans import plan_of
-from lmoe_compiler.bench.workloads import GATE_SHAPES, WORKLOADS
+from lmoe_compiler.bench.workloads import GATE_SHAPES
 from lmoe_compiler.codegen.aot import plan_resources
+from lmoe_compiler.models import RECURRENCES
+
+DIRECTIONS = ("forward", "backward", "step", "step_")
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench resources", description=__doc__)
-    parser.add_argument("ops", nargs="+", choices=sorted(WORKLOADS))
-    parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
+    parser.add_argument("ops", nargs="+", choices=sorted(RECURRENCES))
+    parser.add_argument(
+        "--directions", nargs="+", choices=DIRECTIONS, default=["forward", "backward"]
+    )
+    parser.add_argument("--shape", default=",".join(map(str, GATE_SHAPES[1])), help="B,T,H,D")
     parser.add_argument("--json", action="store_true", help="one JSON line a kernel")
     chosen = parser.parse_args(argv)
+    batch, length, heads, size = (int(n) for n in chosen.shape.split(","))
     for op in chosen.ops:
         for direction in chosen.directions:
-            plan = plan_of(op, direction, GATE_SHAPES[1])
+            plan = plan_of(op, direction, (batch, length, heads, size))
             for kernel, found in plan_resources(plan).items():
                 row = {"op": op, "direction": direction, "kernel": kernel, "chunk": plan.chunk}
                 if chosen.json:

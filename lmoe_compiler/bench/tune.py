@@ -17,13 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmoe_compiler.bench.plans import call_of, plan_for
+from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WORKLOADS, Shape, shape_of
 from lmoe_compiler.codegen import tuned
+from lmoe_compiler.codegen.compiled import Request
 from lmoe_compiler.codegen.cost import by_rule, device, may_cut
-from lmoe_compiler.codegen.partition import Call
 from lmoe_compiler.codegen.plan import Choice, Tuning
-from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.models import RECURRENCES
 
 TOLERANCE = 0.02
@@ -59,19 +58,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def candidates(program: Program, direction: str, call: Call, shape: Shape) -> Iterator[Choice]:
+def candidates(request: Request) -> Iterator[Choice]:
     """The rule's choice first, then its neighbours: one thing changed."""
-    batch, length = shape[:2]
-    first = by_rule(program, direction, call, batch, length)
+    batch, length = request.lengths
+    first = by_rule(request.program, request.direction, request.call, batch, length)
     yield first
     for chunk in {32, 64} - {first.chunk}:
         yield replace(first, chunk=chunk)
-    if may_cut(program):
+    if may_cut(request.program):
         whole = 1 << (length - 1).bit_length()
         for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
             if span == 0 or 2 * first.chunk <= span < whole:
                 yield replace(first, span=span)
-    for kernel in plan_for(program, direction, first, call).kernels:
+    for kernel in request.plan(first).kernels:
         for tuning in neighbours(first.tuning(kernel.name), loops=kernel.order != "parallel"):
             changed = {**dict(first.kernels), kernel.name: tuning}
             yield replace(first, kernels=tuple(changed.items()))
@@ -97,10 +96,10 @@ class Cell:
 
     def __init__(self, op: str, shape: Shape, direction: str) -> None:
         program = RECURRENCES[op].program()
-        call = call_of(program, shape)
+        request = request_of(program, direction, shape)
         self.task = {"op": op, "shape": shape, "direction": direction}
-        self.numbered = list(enumerate(candidates(program, direction, call, shape)))
-        self.key = tuned.key(program, direction, call, shape[0], shape[1])
+        self.numbered = list(enumerate(candidates(request)))
+        self.key = tuned.key(request.program, direction, request.call, *request.lengths)
 
     def check(self, pool: ThreadPoolExecutor, limit: int) -> list[Future[dict[int, Any]]]:
         """Every candidate against float64, each in a process of its own (which also fills Triton's cache)."""

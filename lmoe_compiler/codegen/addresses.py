@@ -64,9 +64,7 @@ class Addresses:
         self.loads = {id(load.node): load.value for load in kernel.loads}
         self.sizes = plan.size_of
         self.cut = {load.node: load.value for load in kernel.loads}
-        self.nodes = closure(
-            [*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)], self.cut
-        )
+        self.nodes = closure(kernel.roots, self.cut)
         self.levels = inside_levels(self.nodes)
         self.known = _Known(self.cut, self.blocks)
         self.splits = [
@@ -163,7 +161,7 @@ class Addresses:
         return any(v.parts or v.per == "vector" for v in self.values())
 
     def values(self) -> Iterable[Value]:
-        return [*(s.value for s in self.kernel.stores), *(load.value for load in self.kernel.loads)]
+        return (*self.kernel.written, *self.kernel.read)
 
     def place(self, value: Value, name: str) -> tuple[str, str, tuple[str, ...]]:
         if value.per == "row":
@@ -220,12 +218,23 @@ class Addresses:
             self.constants[heads] = own
         if ROW not in node.axes:
             index = head
-            if node.name in self.inputs and self.inputs[node.name].kind == "token":
-                index = f"(i_n.to(tl.int64) * {heads} + {head})"
+            if self.is_token(node):
+                index = f"({self.token} * {heads} + {head})"
             pointers, mask, dims = self.state_block(name, index, axes)
             return self.assign(name, self.load_text(pointers, mask), dims, "raw")
         pointers, mask, dims = self.row_block(name, axes, heads, head)
         return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+
+    def is_token(self, node: Node) -> bool:
+        """Whether an input node without rows differs from token to token."""
+        return node.op == "input" and not (
+            node.name in self.inputs and self.inputs[node.name].kind == "head"
+        )
+
+    @property
+    def token(self) -> str:
+        """The place of this program's token among all tokens of the call."""
+        return self.at[0] if self.kernel.walks else "i_n.to(tl.int64)"
 
     def fetch(self, node: Node) -> Block:
         return self.load(self.loads[id(node)]) if id(node) in self.loads else self.input(node)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.codegen.addresses import identifier
-from lmoe_compiler.codegen.plan import Kernel, Load, Store
+from lmoe_compiler.codegen.plan import Kernel
 
 SHARED_MEMORY_LIMIT = 232448
 """Bytes of shared memory that one block can have on an H100 or H200."""
@@ -127,7 +127,7 @@ def plan_resources(plan: Any) -> dict[str, Resources]:
     from lmoe_compiler.codegen.launch import Executable
 
     found = {}
-    for launcher in Executable(plan, []).launchers:
+    for launcher in Executable(plan, [], (), (), {}).launchers:
         types = argument_types(launcher.function.arg_names, launcher.kernel, plan.dtype)
         compiled = compile_kernel(launcher.function, types, launcher.constants, **launcher.options)
         found[launcher.kernel.name] = resources(compiled)
@@ -136,10 +136,7 @@ def plan_resources(plan: Any) -> dict[str, Resources]:
 
 def argument_types(names: Iterable[str], kernel: Kernel, dtype: str) -> dict[str, str]:
     """Triton's type of each parameter: lengths, offsets, values by their dtype, everything else as the inputs are."""
-    accesses: list[Load | Store] = [*kernel.loads, *kernel.stores]
-    values = [access.value for access in accesses]
-    values += [v for c in kernel.carries for v in (c.start, c.end) if v is not None]
-    full = {identifier(v.name) for v in values if v.dtype == "fp32"}
+    full = {identifier(v.name) for v in (*kernel.read, *kernel.written) if v.dtype == "fp32"}
     types = {name: "*fp32" if name in full else f"*{dtype}" for name in names}
     types |= {"T": "i32", "N": "i32", "TOKENS": "i32", "cu_seqlens": "*i32"}
     return {name: types[name] for name in names}

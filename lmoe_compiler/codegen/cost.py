@@ -18,7 +18,7 @@ import sympy
 from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.partition import Call, closure
 from lmoe_compiler.codegen.plan import Choice, Kernel, Plan, Tuning, Value
-from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Step
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Read, Step, topological
 
 B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 
@@ -29,7 +29,7 @@ H200, B2 T16384 H16 K = V = 128, bf16; microseconds of one kernel
 scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
 chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
-prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138, 2 warps 206, 4 warps 368)
+prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
 prepare, levels                16 keys and 1 warp (529; 32 keys and 4 warps 1147), with solves 32 keys and 2 warps
 products, solves               values contracted apart: 560 + 433 against 1496; with levels 580 + 1862 against 3439
 gradients, solves              1 warp walks tiles of 32 keys (433; 4 warps 1413): no barrier, and 8 programs an SM
@@ -169,7 +169,8 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     if call.dtype == "fp32":
         return _full_precision(solves, vector)
     largest = max((size for _, size in call.sizes), default=16)
-    chunk = 32 if solves or vector or largest > 128 else 64
+    cancel = normalised(program)
+    chunk = 32 if solves or vector or cancel or largest > 128 else 64
     stages = 3 if chunk == 32 else 2
     few = solves and _programs(call, batch, 64) < device().sms
     return Choice(
@@ -181,12 +182,13 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
         default=Tuning(block=64, num_warps=4, num_stages=stages),
         kernels=(
             ("prepare", _prepare(solves, vector)),
+            ("scan", Tuning(64, 0, 4, stages, full=cancel)),
             ("spans", Tuning(64, 0, 4, 3)),
             ("adjoint_spans", Tuning(64, 0, 4, 3)),
             ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),
             ("states", Tuning(64, 0, 4, 3 if solves or vector else 2)),
             ("products", Tuning(0, 0, 4, 1)),
-            ("gradients", _gradients(solves, vector)),
+            ("gradients", _gradients(solves, vector, cancel)),
         ),
     )
 
@@ -197,8 +199,21 @@ def _prepare(solves: bool, vector: bool) -> Tuning:
     return Tuning(0, 0, 1, 1)
 
 
-def _gradients(solves: bool, vector: bool) -> Tuning:
+def normalised(program: Program) -> bool:
+    """Whether an output is divided by what is read of a state: its gradients cancel, because weights sum to one."""
+    reads = {item.name for item in program.body if isinstance(item, Read)}
+    quotients = [n for n in topological([program.output]) if n.op == "div"]
+    return any(
+        leaf.op == "input" and leaf.name in reads
+        for q in quotients
+        for leaf in topological([q.args[1]])
+    )
+
+
+def _gradients(solves: bool, vector: bool, cancel: bool) -> Tuning:
     """Tiles of keys: over programs where levels fill the registers, else in a loop that shares the [C, C] products."""
+    if cancel:
+        return Tuning(0, 0, 8, 1, full=True)
     if vector:
         return Tuning(32, 0, 2, 1) if solves else Tuning(64, 0, 4, 1)
     return Tuning(0, 0, 1, 1, inner=32) if solves else Tuning(0, 0, 4, 2, inner=64)

@@ -42,6 +42,13 @@ def _walk(kernel: Kernel) -> str:
     if kernel.order == "parallel":
         return "every chunk by itself"
     carried = _names(carry.leaf.name for carry in kernel.carries)
+    if kernel.order == "step":
+        return f"one token, {carried} in registers"
+    if kernel.order == "tokens":
+        return f"sequential, token by token with {carried} in registers"
+    if kernel.order == "tokens_reverse":
+        replayed = _names(carry.leaf.name for carry in kernel.replay)
+        return f"sequential, from the last token with {carried} in registers; replays {replayed}"
     return f"chunks in {kernel.order} order, carrying {carried}"
 
 

@@ -19,6 +19,11 @@ from lmoe_compiler.codegen.statements import (
 from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
 
 
+def bare(node: Node) -> Node:
+    """A value, whichever axis it is seen along."""
+    return node.args[0] if node.op == "rename" else node
+
+
 class Expressions(Addresses):
     """Prints nodes, operands first, each once."""
 
@@ -103,9 +108,13 @@ class Expressions(Addresses):
         if node.op == "rename":
             return self.rename(node, operands[0])
         if node.op == "dot":
-            return self.dot(str(node["axis"]), *operands)
+            computed = not all(self.is_load(bare(a)) for a in node.args)
+            full = self.kernel.tuning.full and computed or any(map(self.kept_full, node.args))
+            return self.dot(str(node["axis"]), *operands, full=full)
         if node.op in ("sum", "max"):
             return self.reduce(node, operands[0])
+        if node.op == "index":
+            return self.index(node, self.fp32(operands[0]))
         if node.op == "level_sign":
             return self.assign("sign", f"level_sign({self.level})", ())
         if node.op == "delta":
@@ -162,7 +171,12 @@ class Expressions(Addresses):
         mask = spread(f"m_{identifier(axis)}", [axis], block.dims)
         return self.assign("", f"tl.where({mask}, {block.text}, 0.0)", block.dims, block.type)
 
-    def dot(self, axis: str, a: Block, b: Block) -> Block:
+    def kept_full(self, node: Node) -> bool:
+        """Whether a factor [t, s] was stored in fp32, so that its products are not rounded to half precision."""
+        value = self.cut.get(bare(node))
+        return value is not None and value.dtype == "fp32" and SOURCE in value.axes
+
+    def dot(self, axis: str, a: Block, b: Block, full: bool = False) -> Block:
         a, b = self.clean(None, a, axis), self.clean(None, b, axis)
         shared = [d for d in a.dims if d in b.dims and d != axis]
         rest_a = [d for d in a.dims if d != axis]
@@ -170,7 +184,7 @@ class Expressions(Addresses):
         if not shared and len(rest_a) == 1 and len(rest_b) == 1:
             if self.order(rest_a[0]) > self.order(rest_b[0]):
                 a, b, rest_a, rest_b = b, a, rest_b, rest_a
-            a, b = self.dot_type(a), self.dot_type(b)
+            a, b = map(self.fp32 if full else self.dot_type, (a, b))
             left = a.text if a.dims[1] == axis else f"tl.trans({a.text})"
             right = b.text if b.dims[0] == axis else f"tl.trans({b.text})"
             return self.assign(
@@ -182,6 +196,15 @@ class Expressions(Addresses):
         return self.assign(
             "", f"tl.sum({x} * {y}, {position})", dims[:position] + dims[position + 1 :]
         )
+
+    def index(self, node: Node, block: Block) -> Block:
+        """One entry of a static axis: the sum of a block that is zero elsewhere."""
+        axis = str(node["axis"])
+        position = block.dims.index(axis)
+        self.axes_used[self.axis(axis)] = None
+        here = spread(f"(o_{identifier(axis)} == {node['at']})", [axis], block.dims)
+        picked = f"tl.sum(tl.where({here}, {block.text}, 0.0), {position})"
+        return self.assign("", picked, block.dims[:position] + block.dims[position + 1 :])
 
     def reduce(self, node: Node, block: Block) -> Block:
         axis = str(node["axis"])
@@ -205,6 +228,8 @@ class Expressions(Addresses):
         self.args[name] = value
         pointers, mask, dims = self.place(value, name)
         text = self.fp32(block).text if block.type == "bool" else block.text
+        if node.op == "const" and not dims:
+            text = f"tl.full([], {text}, tl.float32)"
         if block.dims != dims:
             text = spread(text, block.dims, dims)
             zeros = f"tl.zeros({self.shape(dims)}, tl.float32)"

@@ -1,10 +1,17 @@
-"""Runs a plan: allocates what its kernels store, launches them, and keeps what a repeated launch can reuse."""
+"""Runs a plan: allocates what its kernels store and launches them.
+
+What a call of the same lengths would compute again is prepared once (`Prepared`): shapes, places in one workspace,
+grids, and every kernel's arguments as indices. A repeated call allocates its results and the workspace and hands
+addresses to the compiled kernels.
+"""
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -12,11 +19,13 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.load import load_module
-from lmoe_compiler.codegen.plan import Kernel, Plan, Value
+from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
 from lmoe_compiler.codegen.triton import function_name, print_module
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ALIGNMENT = 256
 
 
 @functools.cache
@@ -43,9 +52,9 @@ class Extent:
         return self.batch * -(-self.length // tokens)
 
 
-def shape_of(value: Value, plan: Plan, extent: Extent) -> tuple[int, ...]:
+def shape_of(value: Value, plan: Plan, extent: Extent, kernel: Kernel) -> tuple[int, ...]:
     if value.parts:
-        return (value.parts, *shape_of(replace(value, parts=0), plan, extent))
+        return (value.parts, *shape_of(replace(value, parts=0), plan, extent, kernel))
     sizes = plan.size_of | {"s": plan.chunk}
     axes = [sizes[a.rstrip("'")] for a in value.axes]
     if value.per == "row":
@@ -56,62 +65,81 @@ def shape_of(value: Value, plan: Plan, extent: Extent) -> tuple[int, ...]:
         return (extent.slots(plan.chunk), plan.heads, *axes)
     if value.per == "span":
         return (extent.slots(value.span), plan.heads, *axes)
+    if value.per == "scratch":
+        blocks = (kernel.block_sizes.get(a, padded(sizes[a])) for a in value.axes)
+        return (programs(kernel, plan, extent), plan.chunk, *blocks)
     return (extent.sequences, plan.heads, *axes)
 
 
+def programs(kernel: Kernel, plan: Plan, extent: Extent) -> int:
+    """All on the first axis of the grid, the only one that goes beyond 65535."""
+    part = plan.chunk if kernel.order == "parallel" else kernel.span
+    rows = extent.slots(part) if part else extent.sequences
+    tiles = prod(-(-plan.size_of[axis] // block) for axis, block in kernel.tiles)
+    return rows * plan.heads * tiles
+
+
 class Launcher:
-    """One kernel of a loaded module. The first launch of a binding goes through Triton's JIT, later ones do not."""
+    """One kernel of a loaded module. Its first launch on a device goes through Triton's JIT, later ones do not."""
 
     def __init__(self, plan: Plan, kernel: Kernel, module: ModuleType, printer: Any) -> None:
-        self.plan, self.kernel = plan, kernel
+        self.kernel = kernel
         self.function = getattr(module, function_name(plan, kernel))
         self.names = tuple(printer.args)
         self.needs_tokens = printer.needs_tokens
         self.constants = _constants(plan, printer.constant_names())
-        self.compiled: Any = None
-        self.tiles = 1
-        for axis, block in kernel.tiles:
-            self.tiles *= -(-plan.size_of[axis] // block)
         tuning = kernel.tuning
         self.options: dict[str, Any] = {
             "num_warps": tuning.num_warps,
             "num_stages": tuning.num_stages,
         }
+        # By device; compiled for aligned pointers and 32-bit lengths.
+        self.compiled: dict[int | None, Any] = {}
 
-    def __call__(
-        self, tensors: Mapping[str, Tensor], extent: Extent, cu_seqlens: Tensor | None
-    ) -> None:
-        part = self.plan.chunk if self.kernel.order == "parallel" else self.kernel.span
-        programs = extent.slots(part) if part else extent.sequences
-        grid = (programs * self.plan.heads * self.tiles,)
-        if grid[0] == 0:
-            return
-        args: list[Any] = [tensors[name] for name in self.names]
-        aligned = all(x.data_ptr() % 16 == 0 for x in args)
-        tokens = extent.batch * extent.length
-        if cu_seqlens is not None:
-            args += [cu_seqlens, extent.sequences]
-        if self.needs_tokens:
-            args.append(tokens)
-        args.append(extent.length)
-        # Compiled for aligned pointers and 32-bit lengths: anything else goes the long way.
-        if aligned and tokens < 2**31 and self.compiled is not None:
-            self.compiled[(grid[0], 1, 1)](*args, *self.constants.values())
-            return
-        compiled = self.function[grid](*args, **self.constants, **self.options)
-        if aligned and tokens < 2**31 and not interpreting():
-            self.compiled = compiled
+    def compile(self, grid: int, args: Sequence[Any], device: int | None, keep: bool) -> None:
+        """Launch through Triton's JIT, and keep what it compiled."""
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            compiled = self.function[(grid,)](*args, **self.constants, **self.options)
+        except OutOfResources as error:
+            raise DoesNotFit(self.kernel.name, error.name, error.required, error.limit) from None
+        if keep and not interpreting():
+            self.compiled[device] = compiled
+
+
+def current_stream(device: int) -> int:
+    """The address of a device's current stream."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+@functools.cache
+def _runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of every launch."""
+    hook = _runtime().launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
     import triton.language as tl
 
-    half = plan.dtype != "fp32"
+    half = plan.dtype != "fp32" and not plan.walks
     settings = {
-        "DOT": tl.float32
+        "DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[plan.dtype]
+        if half and not interpreting()
+        else tl.float32,
+        # tf32 has the mantissa of fp16: where fp16 is not enough, neither is tf32.
+        "PRECISION": "ieee"
         if interpreting()
-        else {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[plan.dtype],
-        "PRECISION": "ieee" if interpreting() else "tf32" if half else "tf32x3",
+        else "tf32"
+        if half and plan.dtype == "bf16"
+        else "tf32x3",
         "INVERSE": "ieee" if interpreting() else "tf32" if half else "tf32x3",
         # Scaled operands stay within the range of the products' type: exp(80) = 5e34, exp(10) = 2e4.
         "NEAR": 10.0 if plan.dtype == "fp16" else 80.0,
@@ -122,43 +150,192 @@ def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
     }
 
 
-class Executable:
-    """A plan with its kernels loaded."""
+@dataclass(frozen=True)
+class Made:
+    """A tensor that a call allocates: results and parts are tensors of their own, the rest lies in the workspace."""
 
-    def __init__(self, plan: Plan, header: Sequence[str]) -> None:
-        self.plan = plan
-        self.text, printers = print_module(plan, header)
-        module = load_module(identifier(plan.program.name), self.text)
-        self.launchers = [Launcher(plan, k, module, printers[k.name]) for k in plan.kernels]
-        self.dot = torch.float32 if interpreting() else TORCH_DTYPE[plan.dtype]
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    zeros: bool
+    parts: bool
+
+    @property
+    def bytes(self) -> int:
+        size = prod(self.shape) * self.dtype.itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a call. Arguments: slots (inputs, own tensors, the workspace), lengths, constants."""
+
+    launcher: Launcher
+    grid: int
+    slots: tuple[int, ...]
+    lengths: tuple[int, ...]
+    constants: tuple[Any, ...]
+    # Slots of own tensors that are parts of sums, once it has run.
+    parts: tuple[int, ...]
+
+
+def launch(compiled: Any, grid: int, stream: int, addresses: Sequence[int], one: Launch) -> None:
+    """Launch a compiled kernel; no profiler's hook is called."""
+    compiled.run(
+        grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *addresses, *one.lengths, *one.constants,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What calls of one extent have in common. The workspace begins with what has to be zero.
+
+    `ready` are the devices on which every kernel has run.
+    """
+
+    own: tuple[Made, ...]
+    shared: tuple[Made, ...]
+    offsets: tuple[int, ...]
+    bytes: int
+    zeros: int
+    launches: tuple[Launch, ...]
+    results: tuple[int, ...]
+    narrow: bool
+    ready: set[int | None] = field(default_factory=set)
+
+
+@dataclass
+class Executable:
+    """A plan with its kernels loaded.
+
+    given     names of the tensors that a call passes, in order; `cu_seqlens` comes last where there is one
+    results   names of the tensors that it returns, in order
+    dtypes    of the results whose dtype the plan leaves open
+    notes     what was decided while it was made, for `explain`
+    """
+
+    plan: Plan
+    header: Sequence[str]
+    given: tuple[str, ...]
+    results: tuple[str, ...]
+    dtypes: Mapping[str, torch.dtype]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.text, printers = print_module(self.plan, self.header)
+        module = load_module(identifier(self.plan.program.name), self.text)
+        self.launchers = [
+            Launcher(self.plan, k, module, printers[k.name]) for k in self.plan.kernels
+        ]
+
+    def prepare(self, extent: Extent) -> Prepared:
+        dot = torch.float32 if interpreting() else TORCH_DTYPE[self.plan.dtype]
+        kinds = {"dot": dot, "fp32": torch.float32}
+        made: dict[str, Made] = {}
+        for kernel in self.plan.kernels:
+            for value in kernel.written:
+                name = identifier(value.name)
+                made[name] = Made(
+                    name,
+                    shape_of(value, self.plan, extent, kernel),
+                    kinds.get(value.dtype) or self.dtypes[name],
+                    # Packed documents leave slots of chunks unused, which are read or summed with the others.
+                    value.per == "chunk" and extent.varlen,
+                    bool(value.parts),
+                )
+        own = [m for m in made.values() if m.name in self.results or m.parts]
+        shared = sorted((m for m in made.values() if m not in own), key=lambda m: not m.zeros)
+        offsets = [0]
+        for m in shared:
+            offsets.append(offsets[-1] + m.bytes)
+        names = [*self.given, *(m.name for m in (*own, *shared))]
+        place = {name: i for i, name in enumerate(names)}
+        tokens = extent.batch * extent.length
+        launches = []
+        for launcher in self.launchers:
+            kernel = launcher.kernel
+            slots = [place[name] for name in launcher.names]
+            numbers: list[Any] = []
+            if extent.varlen:
+                slots.append(place["cu_seqlens"])
+                numbers.append(extent.sequences)
+            numbers += [tokens] if launcher.needs_tokens else []
+            numbers.append(extent.length)
+            parts = [place[identifier(v.name)] for v in kernel.written if v.parts]
+            grid = programs(kernel, self.plan, extent)
+            if grid:
+                constants = tuple(launcher.constants.values())
+                launches.append(
+                    Launch(launcher, grid, tuple(slots), tuple(numbers), constants, tuple(parts))
+                )
+        return Prepared(
+            tuple(own),
+            tuple(shared),
+            tuple(offsets[:-1]),
+            offsets[-1],
+            sum(m.bytes for m in shared if m.zeros),
+            tuple(launches),
+            tuple(place[name] for name in self.results),
+            tokens < 2**31,
+        )
 
     def __call__(
+        self, prepared: Prepared, given: Sequence[Tensor], into: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """The results. `into` has tensors that take the place of results allocated here."""
+        device = given[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(prepared, given, into)
+        tensors = list(given)
+        for m in prepared.own:
+            if into is not None and m.name in into:
+                tensors.append(into[m.name])
+            else:
+                make = torch.zeros if m.zeros else torch.empty
+                tensors.append(make(m.shape, dtype=m.dtype, device=device))
+        workspace = None
+        if prepared.shared:
+            workspace = torch.empty(prepared.bytes, dtype=torch.uint8, device=device)
+            if prepared.zeros:
+                workspace[: prepared.zeros].zero_()
+        values = [x.data_ptr() for x in tensors]
+        bits = functools.reduce(operator.or_, values)
+        index = device.index
+        if index not in prepared.ready or bits & 15 or _hooked():
+            self._through_jit(prepared, tensors, workspace, index)
+        else:
+            if workspace is not None:
+                base = workspace.data_ptr()
+                values += [base + offset for offset in prepared.offsets]
+            stream = current_stream(index)
+            for one in prepared.launches:
+                args = [values[slot] for slot in one.slots]
+                launch(one.launcher.compiled[index], one.grid, stream, args, one)
+                for slot in one.parts:
+                    tensors[slot] = tensors[slot].sum(0)
+                    values[slot] = tensors[slot].data_ptr()
+        return [tensors[slot] for slot in prepared.results]
+
+    def _through_jit(
         self,
-        inputs: dict[str, Tensor],
-        given: Mapping[str, torch.dtype],
-        extent: Extent,
-        cu_seqlens: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """All tensors by name after the kernels have run; `given` has the dtypes of values for the caller."""
-        tensors = inputs
-        device = next(iter(inputs.values())).device
-        for launcher in self.launchers:
-            for value in _stored(launcher.kernel):
-                dtype = {"dot": self.dot, "fp32": torch.float32}.get(value.dtype) or given[
-                    value.name
-                ]
-                shape = shape_of(value, self.plan, extent)
-                make = torch.zeros if value.per == "chunk" and extent.varlen else torch.empty
-                tensors[identifier(value.name)] = make(shape, dtype=dtype, device=device)
-            launcher(tensors, extent, cu_seqlens)
-            for value in _stored(launcher.kernel):
-                if value.parts:
-                    tensors[identifier(value.name)] = tensors[identifier(value.name)].sum(0)
-        return tensors
-
-
-def _stored(kernel: Kernel) -> list[Value]:
-    return [
-        *(s.value for s in kernel.stores),
-        *(c.end for c in kernel.carries if c.end is not None),
-    ]
+        prepared: Prepared,
+        tensors: list[Tensor],
+        workspace: Tensor | None,
+        index: int | None,
+    ) -> None:
+        """The same with tensors as arguments: the first time, in the interpreter, and for unaligned inputs."""
+        values: list[Tensor] = list(tensors)
+        for m, offset in zip(prepared.shared, prepared.offsets, strict=True):
+            assert workspace is not None
+            size = prod(m.shape) * m.dtype.itemsize
+            values.append(workspace[offset : offset + size].view(m.dtype).view(m.shape))
+        aligned = prepared.narrow and all(x.data_ptr() % 16 == 0 for x in tensors)
+        for one in prepared.launches:
+            args = [*(values[slot] for slot in one.slots), *one.lengths]
+            one.launcher.compile(one.grid, args, index, keep=aligned)
+            for slot in one.parts:
+                tensors[slot] = values[slot] = values[slot].sum(0)
+        if all(index in one.launcher.compiled for one in prepared.launches) and prepared.narrow:
+            prepared.ready.add(index)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.expressions import Expressions
 from lmoe_compiler.codegen.partition import closure
-from lmoe_compiler.codegen.plan import Carry, Store, Value
+from lmoe_compiler.codegen.plan import WALKS, Carry, Store, Value
 from lmoe_compiler.codegen.statements import (
     Block,
     spread,
@@ -41,7 +41,7 @@ class Loops(Expressions):
             self.write("i_n = i_p // H // n_c")
             self.write("i_c = i_p // H % n_c")
             self.write("bos = i_n.to(tl.int64) * T")
-        if kernel.order != "step":
+        if kernel.order not in ("step", *WALKS):
             self.write("o_t = tl.arange(0, C)")
         for axis in self.axes_used:
             if axis not in dict(self.kernel.inner):
@@ -162,8 +162,10 @@ class Loops(Expressions):
             self.print_start(carry, f"b_{identifier(carry.leaf.name)}")
         for store in self.kernel.stores:
             self.store(store.node, store.value)
-        for carry in self.kernel.carries:
-            block = self.fp32(self.emit(carry.following))
+        after = [self.fp32(self.emit(carry.following)) for carry in self.kernel.carries]
+        # The next states may take the place of the states: nobody may still be reading.
+        self.write("tl.debug_barrier()")
+        for carry, block in zip(self.kernel.carries, after, strict=True):
             if carry.end is not None:
                 self.print_end(carry.end, self.broadcast(block, carry.axes), carry.axes)
         return self.lines
@@ -311,7 +313,8 @@ class Loops(Expressions):
         self.args[argument] = value
         pointers, mask, dims = self.place(value, argument)
         masks = [mask] if mask else []
-        masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+        if value.per != "scratch" and not value.parts:
+            masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         if self.kernel.span and value.per == "sequence":
             masks.append(f"({self.scanned_last})")
         tail = f", mask={' & '.join(masks)}" if masks else ""

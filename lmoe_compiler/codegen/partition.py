@@ -31,8 +31,8 @@ from lmoe_compiler.codegen.plan import (
     kept_states,
     padded,
 )
-from lmoe_compiler.codegen.spans import span_carries
 from lmoe_compiler.codegen.solve_form import solve_form
+from lmoe_compiler.codegen.spans import span_carries
 from lmoe_compiler.codegen.tile import inside_levels, to_tiles
 from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.codegen.token import token_graph
@@ -146,7 +146,8 @@ class Partition:
         )
         self.kernels.append(kernel)
         # Parts are added up before the next kernel runs.
-        self.stored.update({s.node: replace(s.value, parts=0) for s in stores})
+        kept = [s for s in stores if s.node.op != "const"]
+        self.stored.update({s.node: replace(s.value, parts=0) for s in kept})
 
     def tiles(
         self,
@@ -209,10 +210,14 @@ class Partition:
         return self.choice.span if any(c.through for c in carries) else 0
 
     def prepare(self, nodes: Sequence[Node], carried: frozenset[str]) -> None:
-        """Stores factors of products that depend on nothing carried: [C, C] blocks and, if chosen, scaled rows."""
+        """Stores factors of products that depend on nothing carried: [C, C] blocks and, if chosen, scaled rows.
+
+        An inverse times computed values stays fp32, and multiplies in tf32: where keys repeat those sums cancel.
+        """
         depends = dependences(nodes, carried)
         levels, values = inside_levels(nodes), set(_values(self.program))
         factors: dict[Node, Value] = {}
+        direct = _meets_loads(nodes)
         for node in nodes:
             if not (depends[node] or values & set(node.axes)) or node in levels:
                 continue
@@ -222,7 +227,8 @@ class Partition:
                     continue
                 value = self.factor(node, factor, f"{len(factors)}")
                 if value is not None:
-                    factors[factor] = value
+                    solves = factor.op == "inverse" and factor not in direct
+                    factors[factor] = replace(value, dtype="fp32") if solves else value
         if factors:
             self.add("prepare", "parallel", (), [Store(f, v) for f, v in factors.items()])
 
@@ -256,6 +262,13 @@ class Partition:
             self.call.dtype,
             self.call.varlen,
         )
+
+
+def _meets_loads(nodes: Iterable[Node]) -> set[Node]:
+    """The operands of products with a block that is an input of the recurrence."""
+    bare = lambda n: n.args[0] if n.op == "rename" else n  # noqa: E731
+    pairs = [[bare(a) for a in n.args] for n in nodes if n.op == "dot"]
+    return {x for a, b in pairs for x, y in ((a, b), (b, a)) if y.op == "input"}
 
 
 def _has_token(node: Node) -> bool:
@@ -430,7 +443,11 @@ def _contracted_values(
             users.setdefault(a, []).append(node)
     found: dict[Node, None] = {}
     for node in nodes:
-        if node in stored or values & set(node.axes) or not any(values & set(a.axes) for a in node.args):
+        if (
+            node in stored
+            or values & set(node.axes)
+            or not any(values & set(a.axes) for a in node.args)
+        ):
             continue
         while len(users.get(node, ())) == 1 and users[node][0].op == "sum" and ROW not in node.axes:
             (node,) = users[node]
@@ -455,7 +472,7 @@ def _fits_scan(
     """Whether the adjoint scan can write this gradient: no forward state, and tiled as the carried values are."""
     if depends[store.node] & states:
         return False
-    axes = [carry.axes[-1] for carry in carries]
+    axes = [carry.axes[-1] for carry in carries if carry.axes]
     scan = closure([carry.following for carry in carries], stored)
     axes = [a for a in axes if (found := split(scan, a, stored)) and "part" not in found.values()]
     own = closure([store.node], stored)

@@ -11,7 +11,8 @@ from typing import Literal
 
 from lmoe_compiler.ir.nodes import Node, Program
 
-Order = Literal["forward", "reverse", "parallel", "step"]
+Order = Literal["forward", "reverse", "parallel", "step", "tokens", "tokens_reverse"]
+WALKS = ("tokens", "tokens_reverse")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Tuning:
 
     block, block_second   tile of the first and second axis that may be tiled (0: whole), values first
     inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
+    full                  products with a computed block take it in fp32 (tf32), not rounded to half precision
     """
 
     block: int = 64
@@ -27,6 +29,7 @@ class Tuning:
     num_warps: int = 4
     num_stages: int = 2
     inner: int = 0
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ class Value:
     per sequence  [N, H, *axes]
     per span      [slots, H, *axes], a slot per `span` tokens of each sequence
     per head      [H, *axes], read only
+    per scratch   [programs, C, *blocks], a value per token of a chunk, of one program only
 
     With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it.
     """
 
     name: str
     axes: tuple[str, ...]
-    per: Literal["row", "vector", "chunk", "sequence", "span", "head"]
+    per: Literal["row", "vector", "chunk", "sequence", "span", "head", "scratch"]
     dtype: Literal["dot", "fp32", "given"] = "dot"
     parts: int = 0
     span: int = 0
@@ -110,10 +114,15 @@ class Store:
 class Kernel:
     """One launch. `order` says how its programs walk the chunks; `parallel` is one program per chunk, `step` one token.
 
+    `tokens` walks a sequence token by token, `tokens_reverse` from its end: their graphs are of one token.
+
     span        tokens of the part of a sequence that one program scans (0: all of it)
     skip_last   the result of the part that is scanned last is not needed
     tiles       axis tiled over programs -> tile size
     inner       axis that each program walks in tiles -> tile size; every other axis is whole in a program
+    replay      `tokens_reverse`: states recomputed through each chunk, from its entry (start) to a scratch (end)
+    sums        values added up over the tokens of a sequence, stored at its end
+    kept        per-head inputs that stay in registers for the whole walk
     """
 
     name: str
@@ -126,6 +135,31 @@ class Kernel:
     span: int = 0
     inner: tuple[tuple[str, int], ...] = ()
     skip_last: bool = False
+    replay: tuple[Carry, ...] = ()
+    sums: tuple[Store, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        """What the kernel computes: stored values, next values of what it carries."""
+        stores = [s.node for s in (*self.stores, *self.sums)]
+        return (*stores, *(c.following for c in (*self.carries, *self.replay)))
+
+    @property
+    def written(self) -> tuple[Value, ...]:
+        """Tensors that it writes."""
+        ends = [c.end for c in (*self.carries, *self.replay) if c.end is not None]
+        return (*(s.value for s in (*self.stores, *self.sums)), *ends)
+
+    @property
+    def read(self) -> tuple[Value, ...]:
+        """Tensors of the plan that it reads, beside the caller's inputs."""
+        starts = [c.start for c in (*self.carries, *self.replay) if c.start is not None]
+        return (*(load.value for load in self.loads), *starts)
+
+    @property
+    def walks(self) -> bool:
+        return self.order in WALKS
 
     @property
     def tile_sizes(self) -> dict[str, int]:
@@ -157,6 +191,11 @@ class Plan:
         return self.choice.chunk
 
     @property
+    def walks(self) -> bool:
+        """Whether it goes token by token: products are then of fp32 states, and stay that exact."""
+        return any(kernel.walks for kernel in self.kernels)
+
+    @property
     def size_of(self) -> dict[str, int]:
         return dict(self.sizes)
 
@@ -168,7 +207,8 @@ KEPT_SPAN = 1024
 def kept_states(program: Program) -> tuple[Value, ...]:
     """What the forward stores of each state for the backward: its value at the start of every span."""
     return tuple(
-        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN) for var in program.states
+        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN)
+        for var in program.states
     )
 
 

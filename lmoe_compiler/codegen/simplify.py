@@ -26,11 +26,12 @@ def without_axis(
 ) -> tuple[list[Node], list[Node]]:
     """The operands of a contraction over `axis` without their factors that lack it, and those factors.
 
-    dot(f x, S) = f dot(x, S): a row factor scales the result, so that products which differ in one are computed once.
+    dot(f x, S) = f dot(x, S): a row factor scales the result. Products which differ in one are then computed once, and
+    an input is not rounded again after it was scaled.
     """
     inside, outside = list[Node](), list[Node]()
     for operand in operands:
-        factors = _flat(operand)
+        factors = _flat(build, operand)
         kept = [f for f in factors if axis in f.axes]
         rows = {a for f in kept for a in f.axes} >= set(operand.axes)
         if len(kept) == len(factors) or not kept or not rows:
@@ -41,8 +42,10 @@ def without_axis(
     return inside, outside
 
 
-def _flat(x: Node) -> list[Node]:
-    return [f for a in x.args for f in _flat(a)] if x.op == "mul" else [x]
+def _flat(build: Maker, x: Node) -> list[Node]:
+    if x.op == "div":
+        return [*_flat(build, x.args[0]), build.make("recip", x.args[1])]
+    return [f for a in x.args for f in _flat(build, a)] if x.op == "mul" else [x]
 
 
 def values_first(

@@ -81,7 +81,7 @@ def pointwise(node: Node, operands: Sequence[str]) -> str:
 
 
 def chunk_op(node: Node, operand: Block, level: str) -> str:
-    """Operations over the rows of a chunk, of one fp32 block; `level` says which level, and where the near one starts."""
+    """Operations over the rows of a chunk, of one fp32 block; `level`: which level, and where the near one starts."""
     x = operand.text
     if node.op == "prefix":
         inclusive = f"running_sum({x}, C, SPLIT, PRECISION)"
@@ -114,6 +114,7 @@ CHUNK_OPS = frozenset(
     "prefix suffix segment between causal inverse pairs diagonal diagonal_of level_sums level_gather".split()
 )
 DEVICE_FUNCTIONS = (
-    "log1p softplus logsigmoid tanh sign isfinite power running_sum exclusive_prefix exclusive_suffix segment_sums between "
+    "log1p softplus logsigmoid tanh sign isfinite power running_sum exclusive_prefix exclusive_suffix segment_sums "
+    "between "
     "level_sums level_gather level_sign first_near pairs on_diagonal diagonal_of inverse_unit_lower find_sequence"
 ).split()

@@ -29,7 +29,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 
-from lmoe_compiler.codegen.simplify import merge_running, segment_gradient, values_first, without_axis
+from lmoe_compiler.codegen.simplify import (
+    merge_running,
+    segment_gradient,
+    values_first,
+    without_axis,
+)
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node, topological
 from lmoe_compiler.lower.program import VALID
 

@@ -2,7 +2,7 @@
 
 Names follow flash-linear-attention: i_ program and loop indices, o_ offsets, m_ masks, b_ blocks.
 In: plan.py's kernels. Out: text that load.py writes to a file and imports. The layers of a kernel's printer are
-addresses.py, expressions.py, loops.py and the signature here.
+addresses.py, expressions.py, loops.py, walk.py and the signature here.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ import re
 from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
-from lmoe_compiler.codegen.loops import Loops
 from lmoe_compiler.codegen.plan import Kernel, Plan, padded
 from lmoe_compiler.codegen.statements import (
     DEVICE_FUNCTIONS,
 )
+from lmoe_compiler.codegen.walk import Walk
 
 
-class KernelPrinter(Loops):
+class KernelPrinter(Walk):
     """The text of one kernel."""
 
     def print(self, function: str) -> list[str]:
         """Signature, index arithmetic, and the chunk's statements in a loop (or alone, if parallel)."""
-        prints = {"parallel": self.print_parallel, "step": self.print_step}
+        prints = {
+            "parallel": self.print_parallel,
+            "step": self.print_step,
+            "tokens": self.print_tokens,
+            "tokens_reverse": self.print_tokens_reverse,
+        }
         body = prints.get(self.kernel.order, self.print_scan)()
         self.lines, self.depth = [], 1
         self.print_indices()

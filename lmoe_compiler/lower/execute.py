@@ -18,7 +18,7 @@ from lmoe_compiler.layout import Sizes
 from lmoe_compiler.lower import chunked, sequential, spans
 from lmoe_compiler.lower.rows import Packing, packings
 
-__all__ = ["scan", "scan_backward", "span_map", "span_map_backward", "step"]
+__all__ = ["scan", "scan_backward", "span_map", "span_map_backward", "step", "step_"]
 
 Tensors = Sequence[Tensor]
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
@@ -111,7 +111,8 @@ def span_map(
             ends = chunked.final_states(_rows(derived, sizes, tokens, options), start)
         return _separate(ends, start)
 
-    return spans.span_map(program, inputs, cu_seqlens, finals)
+    tokens, whole = spans.last_document(program, inputs, cu_seqlens)
+    return spans.span_map(program, tokens, whole, finals)
 
 
 def span_map_backward(
@@ -134,7 +135,9 @@ def span_map_backward(
         rows = _rows(derived, sizes, tokens, options)
         return chunked.scan_backward(rows, start, None, ends)[0]
 
-    grads = spans.span_map_backward(program, inputs, cu_seqlens, d_maps, d_ends, pullback)
+    tokens, whole = spans.last_document(program, inputs, cu_seqlens)
+    grads = spans.span_map_backward(program, tokens, whole, d_maps, d_ends, pullback)
+    grads = spans.with_earlier_documents(inputs, grads)
     return [grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True)]
 
 
@@ -146,6 +149,14 @@ def step(
     initial = initial_states(program, sizes, inputs, states)
     output, finals = sequential.token(program, sizes, inputs, initial)
     return output, _separate(finals, initial)
+
+
+def step_(program: Program, inputs: Tensors, states: Tensors, options: Options) -> Tensor:
+    """The same into `states`; returns the output."""
+    output, following = step(program, inputs, states, options)
+    for state, new in zip(states, following, strict=True):
+        state.copy_(new)
+    return output
 
 
 def initial_states(

@@ -44,53 +44,50 @@ def map_program(program: Program, state: str, axes: tuple[str, ...]) -> Program:
 
 
 def span_map(
-    program: Program, inputs: Sequence[Tensor], cu_seqlens: Tensor | None, finals: Finals
+    program: Program, tokens: Sequence[Tensor], whole: bool | Tensor, finals: Finals
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """M per state, None for the identity, and E per state, of the last document's part of the span."""
-    tokens, whole = _last_document(program, inputs, cu_seqlens)
+    """M per state, None for the identity, and E per state, of the span's last document.
+
+    `whole` says (as a bool, or on the device) whether that document fills the span: else nothing is carried through.
+    """
     sizes = layout.measure(program, tokens, (), None)
     maps: list[Tensor | None] = []
     for var, axes in zip(program.states, layout.map_axes(program), strict=True):
         maps.append(None)
         if axes is not None:
             start = _identity(axes, sizes, tokens[0])
-            if whole:
+            if whole is not False:
                 (start,) = finals(map_program(program, var.name, axes), tokens, [start])
-            maps[-1] = start if whole else torch.zeros_like(start)
+            maps[-1] = _where(whole, start)
     return maps, finals(ends_program(program), tokens, _zeros(program, sizes, tokens[0]))
 
 
 def span_map_backward(
     program: Program,
-    inputs: Sequence[Tensor],
-    cu_seqlens: Tensor | None,
+    tokens: Sequence[Tensor],
+    whole: bool | Tensor,
     d_maps: Sequence[Tensor | None],
     d_ends: Sequence[Tensor | None],
     pullback: Pullback,
 ) -> list[Tensor]:
-    """Gradients of the inputs, zero before the last document."""
-    tokens, whole = _last_document(program, inputs, cu_seqlens)
+    """Gradients of the tokens and head parameters."""
     sizes = layout.measure(program, tokens, (), None)
     zeros = _zeros(program, sizes, tokens[0])
     ends = [torch.zeros_like(z) if d is None else d for z, d in zip(zeros, d_ends, strict=True)]
     grads = pullback(ends_program(program), tokens, zeros, ends)
     for var, axes, d in zip(program.states, layout.map_axes(program), d_maps, strict=True):
-        if axes is not None and d is not None and whole:
+        if axes is not None and d is not None and whole is not False:
             start = _identity(axes, sizes, tokens[0])
-            parts = pullback(map_program(program, var.name, axes), tokens, [start], [d])
+            derived = map_program(program, var.name, axes)
+            parts = pullback(derived, tokens, [start], [_where(whole, d)])
             grads = [grad + part for grad, part in zip(grads, parts, strict=True)]
-    return [
-        grad
-        if grad.shape == x.shape
-        else torch.cat((x.new_zeros(x[:, : -grad.shape[1] or None].shape), grad), 1)
-        for x, grad in zip(inputs, grads, strict=True)
-    ]
+    return grads
 
 
-def _last_document(
+def last_document(
     program: Program, inputs: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[list[Tensor], bool]:
-    """The inputs of the last document's tokens, and whether it fills the span.
+    """The inputs of the last document's tokens, and whether it fills the span; offsets are read on the host.
 
     Documents without tokens ahead of it are no boundary: a shard's offsets have them.
     """
@@ -102,6 +99,22 @@ def _last_document(
         for var, x in zip(program.inputs, inputs, strict=True)
     ]
     return tokens, start == 0
+
+
+def with_earlier_documents(inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of a last document's tokens as those of all inputs: zero before it."""
+    return [
+        grad
+        if grad.shape == x.shape
+        else torch.cat((grad.new_zeros(x[:, : -grad.shape[1] or None].shape), grad), 1)
+        for x, grad in zip(inputs, grads, strict=True)
+    ]
+
+
+def _where(whole: bool | Tensor, x: Tensor) -> Tensor:
+    if isinstance(whole, bool):
+        return x if whole else torch.zeros_like(x)
+    return torch.where(whole, x, 0.0)
 
 
 def _identity(axes: tuple[str, ...], sizes: layout.Sizes, like: Tensor) -> Tensor:

@@ -1,0 +1,196 @@
+"""Which kernels a call gets, and what is said where none fit: planned as for a GPU, launched by nobody."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from calls import arguments, gated
+
+from lmoe_compiler import implementation
+from lmoe_compiler.bench import host
+from lmoe_compiler.codegen import compiled, cost, fit, launch, run, stepping
+from lmoe_compiler.codegen.fit import DoesNotFit
+from lmoe_compiler.codegen.plan import Choice, Tuning
+from lmoe_compiler.config import Options
+from lmoe_compiler.errors import ImplementationUnavailable
+from lmoe_compiler.layout import Spec
+from lmoe_compiler.models import RECURRENCES
+
+pytest.importorskip("triton")
+kernels = gated.with_options(implementation="triton")
+
+
+def test_without_a_gpu():
+    """An explicit request says where the inputs are; nothing runs instead."""
+    with pytest.raises(ImplementationUnavailable, match="on cpu, and kernels run on CUDA"):
+        kernels(*arguments(dtype=torch.float32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is of a machine without a GPU")
+def test_without_any_gpu():
+    with pytest.raises(ImplementationUnavailable, match="sees no CUDA device"):
+        kernels.step(*[x[:, 0] if x.dim() > 2 else x for x in arguments(dtype=torch.float32)])
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    implementation.forget()
+    with pytest.raises(ImplementationUnavailable, match="triton is not installed"):
+        kernels(*arguments(dtype=torch.float32))
+    implementation.forget()
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "dtype", "said"),
+    [
+        ("gla", 300, torch.bfloat16, r"K = 300(.|\n)*1 to 256"),
+        ("slstm", 64, torch.float64, r"z is torch.float64(.|\n)*bfloat16, torch.float16 or"),
+    ],
+)
+def test_unsupported_calls_are_named_with_what_is_supported(name, axis, dtype, said):
+    recurrence = RECURRENCES[name]
+    lead = {"token": (2, 5, 4), "head": (4,)}
+    specs = [
+        Spec((*lead[var.kind], *(axis for _ in var.axes)), dtype, torch.device("cuda"))
+        for var in recurrence.inputs
+    ]
+    with pytest.raises(ImplementationUnavailable, match=said):
+        implementation.choose("scan", recurrence.ir, specs, Options(implementation="triton"))
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_auto_runs_every_recurrence_by_kernels_without_a_warning(name):
+    recurrence, lead = RECURRENCES[name], {"token": (2, 5, 4), "head": (4,)}
+    specs = [
+        Spec((*lead[v.kind], *(64 for _ in v.axes)), torch.bfloat16, torch.device("cuda"))
+        for v in recurrence.inputs
+    ]
+    for function in ("scan", "scan_backward", "step", "step_", "span_map", "span_map_backward"):
+        chosen = implementation.choose(function, recurrence.ir, specs, Options())
+        assert chosen.__module__ == implementation.TRITON
+
+
+@pytest.fixture
+def nothing_runs() -> Iterator[None]:
+    with host.no_launches():
+        yield
+
+
+def limited(fits: Sequence[str] | None, limit: int):
+    """Launcher.compile of a device that holds no kernel with more than `limit` stages or rows of a chunk."""
+    right = launch.Launcher.compile
+
+    def compile_(self, grid, args, device, keep):
+        needed = self.kernel.tuning.num_stages + self.constants["C"]
+        if needed > limit and (fits is None or self.kernel.name not in fits):
+            raise DoesNotFit(self.kernel.name, "shared memory", 1000 * needed, 1000 * limit)
+        right(self, grid, args, device, keep)
+
+    return compile_
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_plan_that_does_not_fit_gives_way_and_explain_says_so(monkeypatch):
+    monkeypatch.setattr(launch.Launcher, "compile", limited(None, 17))
+    inputs = arguments(dtype=torch.bfloat16, T=40)
+    kernels(*inputs)
+    (entry,) = compiled._calls.values()
+    assert entry.executable.plan.chunk == 16
+    assert all(k.tuning.num_stages == 1 for k in entry.executable.plan.kernels)
+    page = run.report(gated.ir, inputs, kernels.options)
+    assert "of shared memory, this device has 17000" in page
+    assert "a larger plan was left" in kernels.explain(*inputs)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_an_error_where_nothing_fits(monkeypatch):
+    monkeypatch.setattr(launch.Launcher, "compile", limited(None, 3))
+    with pytest.raises(ImplementationUnavailable, match=r"fits this device(.|\n)*has 3000"):
+        kernels(*arguments(dtype=torch.float32))
+
+
+def test_smaller_plans_end():
+    """Stages, then chunks, then tiles; each step is smaller, and there is a last one."""
+    choice: Choice | None = Choice(chunk=64, default=Tuning(block=64, inner=32, num_stages=3))
+    seen = []
+    while choice is not None:
+        seen.append(choice)
+        choice = fit.smaller(choice, "scan")
+    sizes = [(c.tuning("scan").num_stages, c.chunk, c.tuning("scan").block) for c in seen]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == (1, 16, 16)
+
+
+def test_steps_use_wide_tiles_for_large_batches_only():
+    program = RECURRENCES["gated_delta_rule"].ir
+    call = compiled.Request(
+        "step",
+        program,
+        [Spec((1, 32, *(128 for _ in v.axes)), torch.bfloat16, torch.device("cuda")) for v in program.inputs],
+        True,
+        None,
+        (),
+        Options(),
+    ).call  # fmt: skip
+    blocks = [
+        stepping.choose(program, call, batch, in_place=False).default.block
+        for batch in (1, 64, 256)
+    ]
+    assert blocks == sorted(blocks)
+    assert blocks[0] == stepping.NARROWEST
+    assert blocks[-1] == stepping.WIDEST
+
+
+def test_a_step_in_place_is_not_tiled_where_states_lack_the_axis():
+    """Another program would read the vector that the first one has overwritten."""
+    program = RECURRENCES["normalised_linear_attention"].ir
+    inputs = [Spec((1, 32, 128), torch.bfloat16, torch.device("cuda")) for _ in program.inputs]
+    plans = [
+        compiled.Request(d, program, inputs, True, None, (), Options()) for d in ("step", "step_")
+    ]
+    tiled, whole = (request.plan(request.choice()).kernels[0].tiles for request in plans)
+    assert tiled
+    assert not whole
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_an_unmeasured_gpu_gets_a_note(monkeypatch):
+    other = replace(cost.H100, name="NVIDIA L4", sms=58)
+    monkeypatch.setattr(cost, "device", lambda: other)
+    monkeypatch.setattr("lmoe_compiler.codegen.first_use.interpreting", lambda: False)
+    page = run.report(gated.ir, arguments(dtype=torch.float32), kernels.options)
+    assert "NVIDIA L4 has not been measured" in page
+    assert "lmoe bench tune" in page
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_repeated_call_only_looks_up():
+    """Nothing is planned, prepared or compiled again; another length is prepared, not planned."""
+    inputs = arguments(dtype=torch.float32, T=40)
+    kernels(*inputs)
+    (first,) = compiled._calls.values()
+    kernels(*inputs)
+    assert list(compiled._calls.values()) == [first]
+    kernels(*arguments(dtype=torch.float32, T=41))
+    _, second = compiled._calls.values()
+    assert second.executable is first.executable
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_host_work_of_a_call_is_bounded():
+    """Python functions entered by a call, which unlike its time is the same on every machine."""
+    inputs = [x.requires_grad_() for x in arguments(dtype=torch.float32, T=40)]
+    token = [x[:, 0].detach() if x.dim() > 2 else x.detach() for x in inputs]
+    state = torch.zeros(2, 4, 3, 2)
+
+    def train() -> None:
+        output = kernels(*inputs)
+        torch.autograd.grad(output, inputs, output)
+
+    for run_, most in ((train, 165), (lambda: kernels.step(*token, state=state), 60)):
+        run_()
+        assert host.functions_entered(run_) <= most
