@@ -32,7 +32,7 @@ def definition(r: Recurrence) -> str:
 
 
 def traced(r: Recurrence) -> str:
-    """The step, run once on symbols: next states and output as expressions over named axes."""
+    """The step, run on stand-ins: next states and output as expressions over named axes."""
     seen = trace(r.name, r.definition, r.states, r.inputs, ())
     lines = [
         f"{state.name}' = {print_expression(value)}"

@@ -39,6 +39,6 @@ def _refuse(step: Callable[..., Any], what: str, line: int) -> None:
     file = step.__code__.co_filename
     raise SideEffect(
         f"{step.__name__} {what}", where=f"{file}:{line}\n{linecache.getline(file, line).strip()}",
-        why="the step runs once, on symbols, while it is compiled; an effect would happen once, not once per token",
+        why="the step runs on stand-ins while it is compiled; an effect would happen then, not once per token",
         try_="return S, o   # everything that leaves a step is returned by it",
     )  # fmt: skip

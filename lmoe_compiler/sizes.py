@@ -23,7 +23,8 @@ from lmoe_compiler.operations import Axis, NoMeaning, another
 PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 TORCH = str(Path(torch.__file__).parent)
 READS = {
-    Tensor.shape.__get__, Tensor.nbytes.__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.stride,
+    Tensor.shape.__get__, Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+    Tensor.size, Tensor.numel, Tensor.nelement, Tensor.stride,
     Tensor.__len__, torch.numel,
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ class Symbols(Sizes):
         super().__init__(variables, static)
         self.env = ShapeEnv(duck_shape=False)
         self.names: dict[str, str] = {}
-        self.symbols: dict[str, SymInt] = {}
+        self.symbols: dict[str, int | SymInt] = {}
         for dim, hint in zip(self.free, PRIMES, strict=False):
             source = _DimSource(dim)
             symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)

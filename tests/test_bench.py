@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from lmoe_compiler import cli
-from lmoe_compiler.bench import autotuner, gates, table
+from lmoe_compiler.bench import autotuner, gates, kernels, library, processes, table, tune
+from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.bench.processes import Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import GATE_SHAPES, WORKLOADS, make_inputs
+from lmoe_compiler.codegen.cost import by_rule
+from lmoe_compiler.models import RECURRENCES
 
 TIMES = {16: 3.0, 32: 1.0, 64: 2.0}
 
@@ -97,31 +100,88 @@ def test_shares_of_the_compilations_cover_all(tuned_kernel):
     assert covered == [[16, 64], [32]]
 
 
-SCRIPT = """
-import json, sys, time
+WORKER = """
+import json, os, sys, time
 work = json.loads(sys.argv[1])
-sys.stdin.readline()
-print(json.dumps({"begun": work["what"]}), flush=True)
-if work["what"] == "hang":
-    time.sleep(60)
-if work["what"] == "die":
+assert sys.stdin.readline() == "go\\n"
+
+def answer(**row):
+    print(json.dumps(work | row), flush=True)
+
+what = work["what"]
+if what in ("hang", "die"):
+    answer(begun=True)
+    if what == "hang":
+        time.sleep(60)
     sys.exit("illegal memory access")
-print(json.dumps({"done": work["what"]}))
+if what == "search":
+    for shape in work["shapes"]:
+        print("a warning of the library")
+        answer(shape=shape, chosen={"kernel": {str(shape): {"num_warps": 4}}})
+elif what == "first":
+    os.makedirs(os.environ["TRITON_CACHE_DIR"])
+    answer(first_call_s=3.0, chosen=None)
+elif what == "measure":
+    us = {"ours": 100.0, "fla": 130.0 if work.get("chosen") else 500.0, "softmax": 900.0}[work["side"]]
+    warm = 0.5 if os.path.isdir(os.environ["TRITON_CACHE_DIR"]) else 9.0
+    floors = {"forward_floor_us": 50.0, "both_floor_us": 150.0}
+    answer(forward_us=us, both_us=3 * us, first_call_s=warm, chosen=None, **floors)
+else:
+    answer(done=True)
 """
 
 
-def test_a_lost_worker_costs_its_own_cell_only(tmp_path):
-    (tmp_path / "scripted_worker.py").write_text(SCRIPT)
-    tasks = [
-        Task({"what": what}, {"PYTHONPATH": str(tmp_path)}, "scripted_worker")
-        for what in ("die", "hang", "well")
-    ]
+@pytest.fixture
+def scripted_workers(tmp_path, monkeypatch):
+    """Workers that answer by a script, as a GPU would."""
+    (tmp_path / "scripted_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(processes, "WORKER", "scripted_worker")
+    for command in (kernels, library):
+        monkeypatch.setattr(command, "require_device", lambda **_: None)
+
+
+@pytest.mark.usefixtures("scripted_workers")
+def test_a_lost_worker_costs_its_own_cell_only():
+    tasks = [Task({"what": what}) for what in ("die", "hang", "well")]
     for answers in (list(one_by_one(tasks, 4, ahead=1)), list(side_by_side(tasks, 4, 3))):
         died, hung, well = answers
-        assert died.rows == [{"begun": "die"}]
+        assert died.rows == [{"what": "die", "begun": True}]
         assert died.error == "exit 1: illegal memory access"
-        assert (hung.rows, hung.error) == ([{"begun": "hang"}], "more than 4 s")
-        assert (well.rows[-1], well.error) == ({"done": "well"}, "")
+        assert (hung.rows, hung.error) == ([{"what": "hang", "begun": True}], "more than 4 s")
+        assert (well.rows, well.error) == ([{"what": "well", "done": True}], "")
+
+
+@pytest.mark.usefixtures("scripted_workers")
+def test_the_librarys_choices_reach_its_timing(tmp_path, capsys):
+    """What `bench library` finds, and what it already had, is what `bench kernels` replays; each cell has its cache."""
+    path, known = tmp_path / "library.json", {"chunk_gla 8,1024,8,64": {"kernel": {"k": {}}}}
+    path.write_text(json.dumps(known))
+    assert library.main(["--ops", "gla", "--workers", "4", "--out", str(path)]) == 0
+    found = library.load_choices(path)
+    assert len(found) == len(GATE_SHAPES)
+    assert found.items() >= known.items()
+    assert "choices [1, 1, 1]" in capsys.readouterr().out
+
+    flags = ["--ops", "gla", "--against", "fla", "--softmax", "--workers", "4"]
+    assert kernels.main([*flags, "--chosen", str(path), "--out", str(tmp_path / "run")]) == 0
+    cells = table.read(tmp_path / "run/results.jsonl")
+    assert len(cells) == 3 * len(GATE_SHAPES)
+    for shape in GATE_SHAPES:
+        assert cells["gla", shape, "fla"]["forward_us"] == 130.0
+        assert cells["gla", shape, "ours"]["cold_first_call_s"] == 3.0
+        assert cells["gla", shape, "ours"]["first_call_s"] == 0.5
+    text = capsys.readouterr().out
+    assert "| geometric mean, gla, forward, 4 cells | >= 2.0x | 1.30 | FAIL |" in text
+    assert "| 8, 1024, 8, 64 | 900 | 2700 |" in text
+
+
+@pytest.mark.usefixtures("scripted_workers")
+def test_a_search_that_cannot_compile_stops_at_once(tmp_path, monkeypatch, capsys):
+    shares = [{"what": "die", "op": "kda"}]
+    monkeypatch.setattr(library, "shares", lambda op, shapes: shares)
+    assert library.main(["--workers", "2", "--out", str(tmp_path / "library.json")]) == 1
+    assert "nothing could be compiled: exit 1: illegal memory access" in capsys.readouterr().err
 
 
 def row(op, shape, side, **columns):
@@ -185,3 +245,13 @@ def test_every_library_call_takes_the_inputs_it_is_given():
 def test_without_a_gpu_the_bench_says_so(command, capsys):
     assert cli.main(["bench", *command]) == 1
     assert "there is no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["simple_gla", "gla", "gated_delta_rule"])
+def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
+    request = request_of(RECURRENCES[op].program(), direction, GATE_SHAPES[1])
+    choices = list(tune.candidates(request))
+    assert len(choices) == len(set(choices)) > 5
+    assert choices[0] == by_rule(request.program, direction, request.call, *request.lengths)
+    assert len({request.plan(choice) for choice in choices}) == len(choices)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.bench.measure import require_device
-from lmoe_compiler.bench.processes import Answer, Process, Task
+from lmoe_compiler.bench.processes import Answer, Process, Task, in_advance
 from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WIDE, WIDE_SHAPES, Shape, tuned_as
 
 # Seconds that one shape takes with an empty cache and one core. In the order of the search.
@@ -29,6 +30,9 @@ SEARCH_LIMIT = 180.0
 """Seconds for the search of one op, all shapes."""
 
 
+BY_NAME = {w.name: w for w in (*GATE, *WIDE)}
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench library", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=sorted(SECONDS), default=list(SECONDS))
@@ -38,49 +42,60 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/library.json"))
     chosen = parser.parse_args(argv)
     require_device(library=True)
-    end = time.monotonic() + 60 * chosen.minutes
+    clock = Clock(60 * chosen.minutes)
     found = load_choices(chosen.out if chosen.out.exists() else None)
-    cells = {
-        op: [s for s in shapes_of(op) if tuned_as(BY_NAME[op], s) not in found] for op in chosen.ops
-    }
-    cells = {op: shapes for op, shapes in cells.items() if shapes}
     variables = {"TRITON_CACHE_DIR": str(chosen.cache.absolute())}
-
-    def left() -> float:
-        return max(1.0, end - time.monotonic())
-
-    with ThreadPoolExecutor(chosen.workers) as pool:
-        compiled = {
-            op: [pool.submit(_compile, work, variables, left) for work in shares(op, shapes)]
-            for op, shapes in cells.items()
-        }
-        ready = [
-            (op, Task({"what": "search", "op": op, "shapes": s}, variables))
-            for op, s in cells.items()
-        ]
-        process = Process(ready[0][1]) if ready else None
-        for i, (op, _) in enumerate(ready):
-            following = Process(ready[i + 1][1]) if i + 1 < len(ready) else None
-            answers = [future.result() for future in compiled[op]]
-            begin = time.monotonic()
-            assert process is not None
-            answers.append(process.run(min(left(), SEARCH_LIMIT)))
-            for row in answers[-1].rows:
-                found[tuned_as(BY_NAME[op], tuple(row["shape"]))] = row["chosen"]
-            save(found, chosen.out)
-            _report(op, answers, begin, end - 60 * chosen.minutes)
-            process = following
-    missing = [
-        op for op, shapes in cells.items() for s in shapes if tuned_as(BY_NAME[op], s) not in found
+    todo = {op: missing(op, found) for op in chosen.ops if missing(op, found)}
+    searches = [
+        Task({"what": "search", "op": op, "shapes": shapes}, variables)
+        for op, shapes in todo.items()
     ]
-    return 1 if missing else 0
+    with ThreadPoolExecutor(chosen.workers) as pool:
+        compiled = [
+            [pool.submit(run, Task(work, variables), clock) for work in shares(op, shapes)]
+            for op, shapes in todo.items()
+        ]
+        for i, process in enumerate(in_advance(searches)):
+            answers = [future.result() for future in compiled[i]]
+            if all(answer.error for answer in answers):
+                process.end()
+                pool.shutdown(cancel_futures=True)
+                print(f"nothing could be compiled: {answers[0].error}", file=sys.stderr)
+                return 1
+            answers.append(process.run(min(clock.left, SEARCH_LIMIT)))
+            for row in answers[-1].rows:
+                found[tuned_as(BY_NAME[row["op"]], tuple(row["shape"]))] = row["chosen"]
+            save(found, chosen.out)
+            print(
+                f"{clock.seconds:6.0f} s  {searches[i].work['op']}: {report(answers)}", flush=True
+            )
+    return 1 if any(missing(op, found) for op in chosen.ops) else 0
 
 
-BY_NAME = {w.name: w for w in (*GATE, *WIDE)}
+class Clock:
+    """Seconds since it was made, and how many of `limit` are left."""
+
+    def __init__(self, limit: float) -> None:
+        self.begin, self.limit = time.monotonic(), limit
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    @property
+    def left(self) -> float:
+        return max(1.0, self.limit - self.seconds)
 
 
-def shapes_of(op: str) -> Sequence[Shape]:
-    return GATE_SHAPES if BY_NAME[op] in GATE else WIDE_SHAPES
+def run(task: Task, clock: Clock) -> Answer:
+    return Process(task).run(clock.left)
+
+
+def missing(op: str, found: dict[str, Any]) -> list[Shape]:
+    """The op's shapes without a choice."""
+    workload = BY_NAME[op]
+    shapes = GATE_SHAPES if workload in GATE else WIDE_SHAPES
+    return [shape for shape in shapes if tuned_as(workload, shape) not in found]
 
 
 def shares(op: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
@@ -97,19 +112,12 @@ def shares(op: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     ]
 
 
-def _compile(work: dict[str, Any], variables: dict[str, str], left: Any) -> Answer:
-    return Process(Task(work, variables)).run(left())
-
-
-def _report(op: str, answers: Sequence[Answer], begin: float, start: float) -> None:
-    now = time.monotonic()
-    errors = [answer.error for answer in answers if answer.error]
-    kernels = [sum(map(len, row["chosen"].values())) for row in answers[-1].rows]
-    print(
-        f"{now - start:6.0f} s  {op}: {len(answers) - 1} compilations, search {now - begin:.0f} s,"
-        f" choices {kernels} {' '.join(errors)}",
-        flush=True,
-    )
+def report(answers: Sequence[Answer]) -> str:
+    *compilations, search = answers
+    kernels = [sum(map(len, row["chosen"].values())) for row in search.rows]
+    errors = " ".join(answer.error for answer in answers if answer.error)
+    counts = f"{len(compilations)} compilations, choices {kernels}"
+    return f"{counts} {errors}".rstrip()
 
 
 def load_choices(path: Path | None) -> dict[str, Any]:

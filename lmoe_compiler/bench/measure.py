@@ -48,13 +48,14 @@ def first_call_seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def kernel_times(function: Callable[[], object]) -> list[tuple[str, int, float]]:
-    """Kernels of one call, in order of their time: name, launches, microseconds of all of them."""
+def kernel_times(function: Callable[[], object], calls: int = 5) -> list[tuple[str, int, float]]:
+    """Kernels of a call, longest first: name, launches, microseconds of all of them (means over `calls`)."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        function()
+        for _ in range(calls):
+            function()
         torch.cuda.synchronize()
     found = [e for e in recorded.key_averages() if e.device_type.name == "CUDA"]
-    times = [(e.key, e.count, float(e.self_device_time_total)) for e in found]
+    times = [(e.key, e.count // calls, float(e.self_device_time_total) / calls) for e in found]
     return sorted(times, key=lambda time: -time[2])
 
 

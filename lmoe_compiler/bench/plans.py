@@ -6,9 +6,11 @@ import torch
 
 from lmoe_compiler.bench.workloads import Shape
 from lmoe_compiler.codegen.compiled import Request
+from lmoe_compiler.codegen.cost import B, H, T, device, estimate
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.partition import Call
 from lmoe_compiler.codegen.plan import Plan
+from lmoe_compiler.codegen.triton import function_name
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.layout import Spec, leading
@@ -39,3 +41,18 @@ def call_of(program: Program, shape: Shape) -> Call:
 def plan_of(op: str, direction: str, shape: Shape) -> Plan:
     request = request_of(RECURRENCES[op].program(), direction, shape)
     return request.plan(request.choice())
+
+
+def bounds(op: str, shape: Shape) -> dict[str, dict[str, float]]:
+    """By the name of each kernel of forward and backward: microseconds that its bytes, its arithmetic and its chain of
+    dependent products take at least. The largest is what holds it up, if it is near what is measured.
+    """
+    batch, length, heads, _ = shape
+    sizes = {B: batch, T: length, H: heads}
+    found = {}
+    for direction in ("forward", "backward"):
+        plan = plan_of(op, direction, shape)
+        for kernel, cost in zip(plan.kernels, estimate(plan), strict=True):
+            seconds = cost.seconds(sizes, device())
+            found[function_name(plan, kernel)] = {k: 1e6 * v for k, v in seconds.items()}
+    return found

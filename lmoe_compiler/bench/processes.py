@@ -26,7 +26,6 @@ class Task:
 
     work: dict[str, Any]
     variables: Mapping[str, str] = field(default_factory=dict)
-    module: str = WORKER
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Process:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", task.module, json.dumps(task.work)]
+        command = [sys.executable, "-m", WORKER, json.dumps(task.work)]
         self.child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -66,8 +65,16 @@ class Process:
         if not error and self.child.returncode:
             error = self._last_words()
         self.log.close()
-        rows = [json.loads(text) for text in output.splitlines() if text.startswith("{")]
+        # Other lines are the library's; one without an end was being written when the worker was killed.
+        lines = [line for line in output.splitlines(keepends=True) if line.startswith("{")]
+        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
         return Answer(self.task, rows, error)
+
+    def end(self) -> None:
+        """Ends a worker that gets no turn."""
+        self.child.kill()
+        self.child.communicate()
+        self.log.close()
 
     def _last_words(self) -> str:
         self.log.seek(0)
@@ -75,8 +82,8 @@ class Process:
         return f"exit {self.child.returncode}: {lines[-1][:200]}"
 
 
-def one_by_one(tasks: Iterable[Task], limit: float, ahead: int = 5) -> Iterator[Answer]:
-    """Answers in order. One worker runs at a time; the next `ahead` are importing."""
+def in_advance(tasks: Iterable[Task], ahead: int = 1) -> Iterator[Process]:
+    """Processes in order, of which the next `ahead` are already importing."""
     left = iter(tasks)
     ready: deque[Process] = deque()
     try:
@@ -85,11 +92,16 @@ def one_by_one(tasks: Iterable[Task], limit: float, ahead: int = 5) -> Iterator[
                 ready.append(Process(task))
             if not ready:
                 return
-            yield ready.popleft().run(limit)
+            yield ready.popleft()
     finally:
         for process in ready:
-            process.child.kill()
-            process.child.communicate()
+            process.end()
+
+
+def one_by_one(tasks: Iterable[Task], limit: float, ahead: int = 5) -> Iterator[Answer]:
+    """Answers in order. One worker runs at a time while the next ones import."""
+    for process in in_advance(tasks, ahead):
+        yield process.run(limit)
 
 
 def side_by_side(tasks: Sequence[Task], limit: float, workers: int) -> Iterator[Answer]:

@@ -146,13 +146,29 @@ def notes(cells: dict[Key, Row]) -> list[str]:
 
 
 def time_per_kernel(cells: dict[Key, Row]) -> list[str]:
+    """Measured, and what of it bytes, arithmetic and the dependent chain must take (of our kernels)."""
     lines = []
+    head = ("kernel", "launches", "us", "share", "bytes us", "arithmetic us", "chain us")
     for (op, shape, side), row in cells.items():
+        limits = row.get("bounds", {})
         for direction, kernels in row.get("kernels", {}).items():
             total = sum(us for _, _, us in kernels) or 1.0
-            lines += ["", f"{side} {op} {_shape(shape)} {direction}: {total:.0f} us in kernels"]
+            lines += ["", f"{side} {op} {_shape(shape)} {direction}: {total:.0f} us in kernels", ""]
             lines += markdown(
-                ("kernel", "launches", "us", "share"),
-                [(name[:80], str(n), f"{us:.0f}", f"{us / total:.0%}") for name, n, us in kernels],
+                head,
+                [
+                    (
+                        name[:80],
+                        str(n),
+                        f"{us:.0f}",
+                        f"{us / total:.0%}",
+                        *_limits(limits.get(name)),
+                    )
+                    for name, n, us in kernels
+                ],
             )
     return lines
+
+
+def _limits(found: Row | None) -> list[str]:
+    return [_number(found or {}, key) for key in ("bytes", "arithmetic", "latency")]

@@ -21,8 +21,8 @@ from lmoe_compiler.models import RECURRENCES
 
 
 def check_shape(shape: Shape, choice: Choice) -> Shape:
-    """A short call that still has two chunks in each segment, and a ragged end."""
-    return 1, max(256, 2 * choice.chunk * choice.segments) + 7, 2, shape[3]
+    """A short call that still has two spans of two chunks at least, and a ragged end."""
+    return 1, max(256, 2 * choice.span) + 7, 2, shape[3]
 
 
 def calls(

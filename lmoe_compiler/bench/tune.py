@@ -17,13 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmoe_compiler.bench.plans import call_of
+from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WORKLOADS, Shape, shape_of
 from lmoe_compiler.codegen import tuned
-from lmoe_compiler.codegen.cost import by_rule, device, segmented
-from lmoe_compiler.codegen.partition import Call
+from lmoe_compiler.codegen.compiled import Request
+from lmoe_compiler.codegen.cost import by_rule, device, may_cut
 from lmoe_compiler.codegen.plan import Choice, Tuning
-from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.models import RECURRENCES
 
 TOLERANCE = 0.02
@@ -59,27 +58,37 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def candidates(program: Program, direction: str, call: Call, shape: Shape) -> Iterator[Choice]:
-    """The rule's choice first, then its neighbours."""
-    batch, length = shape[:2]
-    first = by_rule(program, direction, call, batch, length)
+def candidates(request: Request) -> Iterator[Choice]:
+    """The rule's choice first, then its neighbours: one thing changed."""
+    batch, length = request.lengths
+    first = by_rule(request.program, request.direction, request.call, batch, length)
     yield first
-    seen = {first}
-    segments = (1, 2, 4, 8) if segmented(program, direction) else (1,)
-    for chunk, stages, count in itertools.product((32, 64), (2, 3), segments):
-        for grain in (64, 0):
-            kernels = dict(first.kernels)
-            kernels["gradients"] = replace(kernels["gradients"], block=grain)
-            if first.prepare:
-                warps = 4 if chunk == 64 else kernels["prepare"].num_warps
-                kernels["prepare"] = replace(kernels["prepare"], num_warps=warps)
-            scan = Tuning(64, 0, 4, stages)
-            choice = replace(
-                first, chunk=chunk, segments=count, default=scan, kernels=tuple(kernels.items())
-            )
-            if choice not in seen and not (direction == "forward" and grain == 0):
-                seen.add(choice)
-                yield choice
+    for chunk in {32, 64} - {first.chunk}:
+        yield replace(first, chunk=chunk)
+    if may_cut(request.program):
+        whole = 1 << (length - 1).bit_length()
+        for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
+            if span == 0 or 2 * first.chunk <= span < whole:
+                yield replace(first, span=span)
+    for kernel in request.plan(first).kernels:
+        for tuning in neighbours(first.tuning(kernel.name), loops=kernel.order != "parallel"):
+            changed = {**dict(first.kernels), kernel.name: tuning}
+            yield replace(first, kernels=tuple(changed.items()))
+
+
+def neighbours(tuning: Tuning, *, loops: bool) -> Iterator[Tuning]:
+    """Twice and half the warps and tiles; in a loop over chunks one stage more and one less."""
+    for warps in (tuning.num_warps // 2, tuning.num_warps * 2):
+        if 1 <= warps <= 8:
+            yield replace(tuning, num_warps=warps)
+    for name in ("block", "inner"):
+        size = getattr(tuning, name)
+        for other in (size // 2, size * 2):
+            if 16 <= other <= 128:
+                yield replace(tuning, **{name: other})
+    for stages in (tuning.num_stages - 1, tuning.num_stages + 1):
+        if loops and 1 <= stages <= 4:
+            yield replace(tuning, num_stages=stages)
 
 
 class Cell:
@@ -87,10 +96,10 @@ class Cell:
 
     def __init__(self, op: str, shape: Shape, direction: str) -> None:
         program = RECURRENCES[op].program()
-        call = call_of(program, shape)
+        request = request_of(program, direction, shape)
         self.task = {"op": op, "shape": shape, "direction": direction}
-        self.numbered = list(enumerate(candidates(program, direction, call, shape)))
-        self.key = tuned.key(program, direction, call, shape[0], shape[1])
+        self.numbered = list(enumerate(candidates(request)))
+        self.key = tuned.key(request.program, direction, request.call, *request.lengths)
 
     def check(self, pool: ThreadPoolExecutor, limit: int) -> list[Future[dict[int, Any]]]:
         """Every candidate against float64, each in a process of its own (which also fills Triton's cache)."""
@@ -123,10 +132,10 @@ def _number(value: Any) -> float:
 
 
 def _brief(choice: Choice) -> str:
-    kernels = " ".join(f"{n}:{t.block},{t.num_warps}" for n, t in choice.kernels)
-    return (
-        f"C{choice.chunk} segments {choice.segments} stages {choice.default.num_stages} {kernels}"
+    kernels = " ".join(
+        f"{n}:{t.block},{t.inner},w{t.num_warps},s{t.num_stages}" for n, t in choice.kernels
     )
+    return f"C{choice.chunk} span {choice.span} stages {choice.default.num_stages} {kernels}"
 
 
 def trials(

@@ -27,6 +27,7 @@ from lmoe_compiler.bench.measure import (
     median_us,
     peak_bytes,
 )
+from lmoe_compiler.bench.plans import bounds
 from lmoe_compiler.bench.workloads import (
     SOFTMAX,
     WORKLOADS,
@@ -90,6 +91,8 @@ def measure(work: dict[str, Any], side: Side) -> dict[str, Any]:
     for direction, found in kernels.items():
         row[f"{direction}_kernels"] = sum(count for _, count, _ in found)
     row["kernels"] = kernels
+    if work["side"] == "ours":
+        row["bounds"] = bounds(work["op"], tuple(work["shape"]))
     row["peak_mib"] = peak_bytes(both) / 2**20
     row["forward_floor_us"] = 1e6 * (side.read + side.written) / COPY_BANDWIDTH
     row["both_floor_us"] = 1e6 * (3 * side.read + 2 * side.written) / COPY_BANDWIDTH

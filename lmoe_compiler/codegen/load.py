@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+from lmoe_compiler.codegen.triton_key import keep_triton_key
 from lmoe_compiler.config import environment
 from lmoe_compiler.debug import show
 
@@ -49,4 +50,5 @@ def load_module(variant: str, text: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
+        keep_triton_key()
     return sys.modules[name]
