@@ -363,9 +363,9 @@ def _checked_call(
     if torch.compiler.is_compiling():
         return _op(name)(text, inputs, states, *rest)
     program, step = parse(text), name in STEPS
-    inputs = transforms.autocast(program, inputs)
     flat = [*inputs, *states, cu_seqlens]
     if not _direct(flat):
+        inputs = transforms.autocast(program, inputs)
         # Symbolic sizes belong to whoever traces them; the fake kernel checks those.
         if all(type(n) is int for x in (*inputs, *states) for n in x.shape):
             check(program, inputs, states, cu_seqlens, step=step)

@@ -194,6 +194,9 @@ def _configured(kernel: Kernel, program: Program, choice: Choice, call: Call) ->
             kept.append(node.name)
         held += numbers
     warps = 1 << max(0, min(4, (-(-held // 4096) - 1).bit_length()))
+    # Products of matrices hold their operands in three parts of tf32 each.
+    if any(n.op == "dot" and all(len(a.axes) > 1 for a in n.args) for n in nodes):
+        warps = max(warps, 8)
     return replace(kernel, kept=tuple(kept), tuning=replace(kernel.tuning, num_warps=warps))
 
 
