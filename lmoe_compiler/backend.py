@@ -27,6 +27,9 @@ from lmoe_compiler.runtime.mesh import lookup_only
 P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound=Module)
+# Inductor moves producers to their users and reorders for memory: what we put between a collective's start and its wait
+# would run after the wait.
+KEEP_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 Inner = Callable[[fx.GraphModule, Sequence[Any], CompileOptions, GraphRecord], Any]
 
 
@@ -65,7 +68,8 @@ def _inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
+    mode = list_mode_options(chosen.mode) if chosen.mode else {}
+    patches = {**mode, **(KEEP_ORDER if chosen.token_axes else {}), **chosen.inductor}
     late = after_aot(chosen)
     if late:
         patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(late), graph)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from simulated import Captured
 from test_expert_meshes import EXPERTS, LAYOUTS, graph
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -131,6 +132,30 @@ def test_sums_of_gradients_run_during_the_rest_of_the_backward() -> None:
     assert sorted(ops[0]) == sorted(ops[1])
 
 
+@pytest.mark.slow
+def test_inductor_keeps_the_order() -> None:
+    """In the code it writes, products stand between the start and the wait of both exchanges."""
+    torch._dynamo.reset()
+    with fake_ranks(0, ep=RANKS) as mesh:
+        model = lmoe.parallelize(Block(), mesh, expert_parallel="ep")
+        function = lmoe.compile(model, mesh=mesh, expert_parallel="ep", expert_capacity=1.25)
+
+        def step() -> None:
+            y, loss, _ = function(torch.randn(2, 6, HIDDEN, requires_grad=True))
+            (y.sum() + loss).backward()
+
+        _, codes = run_and_get_code(step)
+    assert len(codes) == 2
+    for code in codes:
+        body = code[code.index("def call(") :]
+        ops = re.findall(
+            r"all_to_all_single\.default\(|wait_tensor\.default\(|kernels\.b?mm\(", body
+        )
+        starts = [i for i, op in enumerate(ops) if op.startswith("all_to_all")]
+        assert len(starts) == 2
+        assert all("mm(" in ops[i + 1] for i in starts)
+
+
 def test_a_capacity_makes_all_sizes_static() -> None:
     for direction in ("forward", "backward"):
         fixed, exact = (lowered(direction, 0, factor) for factor in (1.25, None))
@@ -203,6 +228,23 @@ def test_every_rank_of_a_mesh_has_the_same_sequence(name: str) -> None:
     assert all(other == first for other in others)
     assert len({signature(gm) for gm in graphs}) == 1
     assert len(list(collectives_of(graphs[0]))) > 20
+
+
+@pytest.mark.parametrize(("factor", "agree"), [(None, True), (1.25, False)])
+def test_a_capacity_needs_as_many_tokens_on_every_rank(factor: float | None, agree: bool) -> None:
+    """Ranks compare signatures before the first exchange; exact splits may be uneven."""
+    found = []
+    for length in (6, 8):
+        block = Block()
+        for name in ("gate_up", "down"):
+            setattr(block.moe, name, nn.Parameter(getattr(block.moe, name)[:1].clone()))
+        gm = Captured(block, torch.randn(1, length, HIDDEN)).graph
+        assert gm is not None
+        with fake_ranks(0, ep=RANKS) as mesh:
+            options = CompileOptions(mesh=mesh, expert_parallel="ep", expert_capacity=factor)
+            pipeline(options).run(gm, GraphRecord())
+        found.append(signature(gm))
+    assert (found[0] == found[1]) is agree
 
 
 def test_each_kind_of_traffic_has_a_group_and_ranks_make_them_in_one_order(monkeypatch) -> None:
