@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from lmoe_compiler.passes.match import ENTER, EXIT
 from lmoe_compiler.passes.report import Report
@@ -130,6 +129,9 @@ class _Waiting:
 
 def _multiplies(node: fx.Node) -> bool:
     """Whether a node has floating point operations to speak of: products of matrices."""
+    # Imported here: it imports triton, which importing us must not.
+    from torch.utils.flop_counter import FlopCounterMode
+
     mode = fake_mode_of(node.graph.owning_module)  # type: ignore[arg-type]
     with mode or contextlib.nullcontext(), torch.no_grad(), FlopCounterMode(display=False) as flops:
         run(node)

@@ -174,7 +174,7 @@ class Partition:
                 return ((axis, block),)
         return ()
 
-    def spans(self, name: str, order: Order, carries: Sequence[Carry]) -> Sequence[Carry]:
+    def spans(self, name: str, order: Order, carries: list[Carry]) -> list[Carry]:
         """Carries of a scan whose spans run side by side, after a kernel for their maps; as given where not cut."""
         span = self.choice.span
         parts = span_carries(carries, span) if span else None

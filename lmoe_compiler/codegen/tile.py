@@ -122,7 +122,8 @@ def _shorter(build: Builder, node: Node, args: list[Node]) -> Node | None:
     if result is None and node.op == "sum" and outside:
         result = build.make("sum", *inside, like=node, axis=node["axis"])
     if result is None and node.op == "dot" and outside:
-        result = _product(build, node, *inside, str(node["axis"]))
+        a, b = inside
+        result = _product(build, node, a, b, str(node["axis"]))
     return None if result is None else build.scaled(result, outside)
 
 
