@@ -17,8 +17,9 @@ from torch import fx
 from torch.nn import Module
 
 from lmoe_compiler.config import CompileOptions
+from lmoe_compiler.cuts import cuts_of
 from lmoe_compiler.debug import show
-from lmoe_compiler.parallel import follow_tokens
+from lmoe_compiler.parallel import check_cuts, follow_tokens
 from lmoe_compiler.passes import pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
@@ -143,8 +144,11 @@ def compile(
     """
     if model is None:
         return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
+    options["cuts"] = _cuts(model)
     chosen = CompileOptions.of(options)
-    spread = chosen.sequence_parallel is not None or chosen.expert_parallel is not None
+    axes = (chosen.sequence_parallel, chosen.expert_parallel, chosen.tensor_parallel)
+    spread = any(axis is not None for axis in axes)
+    check_cuts(chosen)
     if spread:
         # Process groups are made here, on all ranks in one order, never in the middle of a compilation.
         pipeline(chosen)
@@ -156,3 +160,9 @@ def compile(
         dynamic=dynamic,
     )
     return follow_tokens(compiled, chosen.sequence_dim) if spread else compiled
+
+
+def _cuts(model: Any) -> dict[str, Any]:
+    """What `lmoe.parallelize` has cut of a module, or of a method's."""
+    module = model if isinstance(model, Module) else getattr(model, "__self__", None)
+    return cuts_of(module) if isinstance(module, Module) else {}

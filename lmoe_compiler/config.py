@@ -93,9 +93,11 @@ class CompileOptions:
 
     inner: the compiler below our passes. disable: names of passes to leave out. mode, inductor: Inductor's settings.
     after_aot: passes (passes/base.py) for the forward and backward graphs that AOTAutograd makes.
-    mesh, sequence_parallel, expert_parallel (names of mesh axes) and sequence_dim: how the model is spread over ranks.
+    mesh, sequence_parallel, expert_parallel, tensor_parallel (names of mesh axes) and sequence_dim: how the model is
+    spread over ranks.
     schedule: how recurrences exchange states, "auto" (the planner's choice), "all_gather" or "transpose".
     sum_gradients: sum gradients of replicated parameters over the sequence axis; False where DDP or FSDP2 does it.
+    cuts: what `lmoe.parallelize` has cut of the module's weights; `lmoe.compile` looks it up.
     record: an object that keeps what happened (passes/base.py); `lmoe.explain` sets it.
     """
 
@@ -104,12 +106,14 @@ class CompileOptions:
     mesh: Any = None
     sequence_parallel: str | None = None
     expert_parallel: str | None = None
+    tensor_parallel: str | None = None
     sequence_dim: int = 1
     schedule: str = "auto"
     sum_gradients: bool = True
     after_aot: tuple[Any, ...] = ()
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    cuts: Mapping[str, Any] = field(default_factory=dict, repr=False)
     record: Any = field(default=None, repr=False)
 
     @classmethod
@@ -120,7 +124,7 @@ class CompileOptions:
             if name not in known:
                 raise InvalidOption(
                     f"the backend has no option {name!r}",
-                    why=f"options are {', '.join(known[:-1])}",
+                    why=f"options are {', '.join(known[:-2])}",
                     try_='torch.compile(model, backend="lmoe", options={"inner": "aot_eager"})',
                 )
         disable = given.get("disable", ())
@@ -140,7 +144,7 @@ class CompileOptions:
                 why=f"state exchanges are {', '.join(SCHEDULES)}",
                 try_='lmoe.compile(model, ..., schedule="auto")',
             )
-        for name in ("sequence_parallel", "expert_parallel"):
+        for name in ("sequence_parallel", "expert_parallel", "tensor_parallel"):
             axis = getattr(self, name)
             if axis is None:
                 continue

@@ -11,6 +11,7 @@ from lmoe_compiler.passes.losses import GlobalNumbers
 from lmoe_compiler.passes.overlap import Overlap
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
+from lmoe_compiler.passes.tensor_parallel import TensorParallel
 from lmoe_compiler.passes.verifier import Verifier
 from lmoe_compiler.runtime.mesh import axis_of
 
@@ -32,8 +33,8 @@ def pipeline(options: CompileOptions) -> PassPipeline:
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes that make a graph one rank's part of a model."""
     passes: list[GraphPass] = []
-    names = (options.sequence_parallel, options.expert_parallel)
-    tokens, experts = (axis_of(options.mesh, name) if name else None for name in names)
+    names = (options.sequence_parallel, options.expert_parallel, options.tensor_parallel)
+    tokens, experts, heads = (axis_of(options.mesh, name) if name else None for name in names)
     if tokens:
         dim = options.sequence_dim
         passes += [
@@ -43,12 +44,15 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
             SoftmaxParallel(tokens, dim),
             GlobalNumbers(tokens, dim),
         ]
+    if heads:
+        # Before the marks of expert blocks go: their weights may be cut both ways.
+        passes.append(TensorParallel(heads, options.cuts))
     if experts:
         passes.append(ExpertParallel(experts))
     if tokens and options.sum_gradients:
         # After ExpertParallel, which says whose weights are not replicated.
         passes.append(SumGradients(tokens, options.expert_parallel))
-    axis = tokens or experts
+    axis = tokens or experts or heads
     if axis:
         # Last: it moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())

@@ -41,6 +41,8 @@ COLLECTIVES = frozenset(
         dispatch.compute,
         dispatch.combine,
         collectives.sum_gradient,
+        collectives.sum_rows_gradient,
+        collectives.global_sum,
     }
 )
 
