@@ -2,7 +2,7 @@
 
 from lmoe_compiler import errors
 from lmoe_compiler.backend import compile
-from lmoe_compiler.blocks import compile_blocks
+from lmoe_compiler.blocks import compile_blocks, data_parallel
 from lmoe_compiler.definition import Recurrence, parse, recurrence
 from lmoe_compiler.dims import Dim, Head, State, Token
 from lmoe_compiler.explain import explain
@@ -16,6 +16,7 @@ __all__ = [
     "Token",
     "compile",
     "compile_blocks",
+    "data_parallel",
     "errors",
     "explain",
     "parallelize",

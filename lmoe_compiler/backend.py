@@ -23,6 +23,7 @@ from lmoe_compiler.parallel import check_cuts, follow_tokens
 from lmoe_compiler.passes import pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
+from lmoe_compiler.runtime.mesh import lookup_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,7 +44,9 @@ def lmoe_backend(
     graph = GraphRecord(record.texts, programs=_programs(gm))
     record.graphs.append(graph)
     show("fx", "graph of the model", lambda: readable(gm))
-    pipeline(chosen).run(gm, graph)
+    with lookup_only():
+        passes = pipeline(chosen)
+    passes.run(gm, graph)
     inner = INNER_COMPILERS[chosen.inner]
     return inner(gm, example_inputs, chosen, graph)
 
@@ -140,14 +143,15 @@ def compile(
     """`torch.compile` with our backend, for a function or a module; also as a decorator, with or without arguments.
 
     fullgraph, dynamic: as in torch.compile; a model that is spread over ranks has to be one graph.
-    options: those of config.CompileOptions (inner, disable, mesh, sequence_parallel, expert_parallel, ...).
+    options: those of config.CompileOptions (inner, disable, mesh, sequence_parallel, expert_parallel, expert_capacity,
+    ...).
     """
     if model is None:
         return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
-    options["cuts"] = _cuts(model)
+    if isinstance(model, Module):
+        options["cuts"] = cuts_of(model)
     chosen = CompileOptions.of(options)
-    axes = (chosen.sequence_parallel, chosen.expert_parallel, chosen.tensor_parallel)
-    spread = any(axis is not None for axis in axes)
+    spread = bool(chosen.token_axes or chosen.tensor_parallel)
     check_cuts(chosen)
     if spread:
         # Process groups are made here, on all ranks in one order, never in the middle of a compilation.
@@ -160,9 +164,3 @@ def compile(
         dynamic=dynamic,
     )
     return follow_tokens(compiled, chosen.sequence_dim) if spread else compiled
-
-
-def _cuts(model: Any) -> dict[str, Any]:
-    """What `lmoe.parallelize` has cut of a module, or of a method's."""
-    module = model if isinstance(model, Module) else getattr(model, "__self__", None)
-    return cuts_of(module) if isinstance(module, Module) else {}

@@ -93,10 +93,16 @@ class CompileOptions:
 
     inner: the compiler below our passes. disable: names of passes to leave out. mode, inductor: Inductor's settings.
     after_aot: passes (passes/base.py) for the forward and backward graphs that AOTAutograd makes.
-    mesh, sequence_parallel, expert_parallel, tensor_parallel (names of mesh axes) and sequence_dim: how the model is
-    spread over ranks.
+    mesh, sequence_parallel, data_parallel, expert_parallel (names of mesh axes; the last two may be tuples of names)
+    and sequence_dim: how the model is spread over ranks. Ranks along any of these axes hold different tokens: parts of
+    a sequence along the first, other rows of the batch along the others. The loss is that of all of them.
+    expert_capacity: a factor; an expert has places for factor * (its share if all had as many) rows of each rank, and
+    the model's `expert_dropped` counts what found none. None: exact.
     schedule: how recurrences exchange states, "auto" (the planner's choice), "all_gather" or "transpose".
-    sum_gradients: sum gradients of replicated parameters over the sequence axis; False where DDP or FSDP2 does it.
+    sum_gradients: over which of these axes each parameter's gradient is summed in the graph, experts' over those that
+    they are not cut over: True for all, or names; wrappers (lmoe.data_parallel) take the other sums. It must be sums:
+    means make the gradients too small.
+    tensor_parallel: an axis whose ranks hold the same tokens, and parts of heads and hidden channels.
     cuts: what `lmoe.parallelize` has cut of the module's weights; `lmoe.compile` looks it up.
     record: an object that keeps what happened (passes/base.py); `lmoe.explain` sets it.
     """
@@ -105,11 +111,13 @@ class CompileOptions:
     disable: tuple[str, ...] = ()
     mesh: Any = None
     sequence_parallel: str | None = None
-    expert_parallel: str | None = None
+    data_parallel: str | tuple[str, ...] | None = None
+    expert_parallel: str | tuple[str, ...] | None = None
+    expert_capacity: float | None = None
     tensor_parallel: str | None = None
     sequence_dim: int = 1
     schedule: str = "auto"
-    sum_gradients: bool = True
+    sum_gradients: bool | str | tuple[str, ...] = True
     after_aot: tuple[Any, ...] = ()
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -144,19 +152,76 @@ class CompileOptions:
                 why=f"state exchanges are {', '.join(SCHEDULES)}",
                 try_='lmoe.compile(model, ..., schedule="auto")',
             )
-        for name in ("sequence_parallel", "expert_parallel", "tensor_parallel"):
-            axis = getattr(self, name)
-            if axis is None:
-                continue
-            names = tuple(getattr(self.mesh, "mesh_dim_names", None) or ())
-            if axis not in names:
+        self._check_axes()
+        factor = self.expert_capacity
+        if factor is not None and (
+            type(factor) not in (int, float) or not 0 < factor < float("inf")
+        ):
+            raise InvalidOption(
+                f"expert_capacity={factor!r} is not a positive number",
+                why="it says how many rows an expert has places for, in units of a balanced load",
+                try_="lmoe.compile(model, expert_capacity=1.25)",
+            )
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Axes whose ranks hold different rows of the batch, each once."""
+        given = (*_names(self.data_parallel), *_names(self.expert_parallel))
+        return tuple(dict.fromkeys(name for name in given if name != self.sequence_parallel))
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """All axes whose ranks hold different tokens."""
+        return (*_names(self.sequence_parallel), *self.batch_axes)
+
+    @property
+    def summed_axes(self) -> tuple[str, ...]:
+        """Axes of `token_axes` over which the graph sums gradients."""
+        if isinstance(self.sum_gradients, bool):
+            return self.token_axes if self.sum_gradients else ()
+        return tuple(name for name in self.token_axes if name in _names(self.sum_gradients))
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        return _names(self.expert_parallel)
+
+    def _check_axes(self) -> None:
+        known = tuple(getattr(self.mesh, "mesh_dim_names", None) or ())
+        for option in (
+            "sequence_parallel", "data_parallel", "expert_parallel", "tensor_parallel"
+        ):  # fmt: skip
+            for axis in _names(getattr(self, option)):
+                if axis not in known:
+                    raise InvalidOption(
+                        f"{option}={axis!r} is not an axis of the mesh",
+                        why=f"the mesh has {', '.join(known) or 'no named axes'}"
+                        if self.mesh is not None
+                        else "no mesh was given",
+                        try_=f'mesh=init_device_mesh("cuda", (8,), mesh_dim_names=("{axis}",))',
+                    )
+        if self.sequence_parallel in _names(self.data_parallel):
+            raise InvalidOption(
+                f"axis {self.sequence_parallel!r} is given to sequence_parallel and data_parallel",
+                why="its ranks hold parts of one sequence, or other rows of the batch, not both",
+                try_='sequence_parallel="sp", data_parallel="dp"',
+            )
+        for name in () if isinstance(self.sum_gradients, bool) else _names(self.sum_gradients):
+            if name not in self.token_axes:
                 raise InvalidOption(
-                    f"{name}={axis!r} is not an axis of the mesh",
-                    why=f"the mesh has {', '.join(names) or 'no named axes'}"
-                    if self.mesh is not None
-                    else "no mesh was given",
-                    try_=f'mesh=init_device_mesh("cuda", (8,), mesh_dim_names=("{axis}",))',
+                    f"sum_gradients={name!r} is no axis with different tokens",
+                    why=f"gradients are summed over some of {', '.join(self.token_axes) or 'none'}",
+                    try_="sum_gradients=True",
                 )
+        if self.tensor_parallel in self.token_axes:
+            raise InvalidOption(
+                f"axis {self.tensor_parallel!r} is given to tensor_parallel and for tokens",
+                why="its ranks hold the same tokens, or different ones, not both",
+                try_='tensor_parallel="tp", sequence_parallel="sp"',
+            )
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class Cut:
             own += count
         return cls(axis, part.dim, tuple(spans), tuple(common), part.summed)
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the mesh that `axis` is: several may be cut over as one."""
+        return tuple(self.axis.split(" x "))
+
     def take(self, whole: Tensor) -> Tensor:
         """This rank's part of `whole`, in memory of its own."""
         parts = [whole.narrow(self.dim, a, b - a) for a, b in self.spans]

@@ -191,5 +191,9 @@ class NotShardable(LmoeError, NotImplementedError):
     """A marked operation is used in a way that has no meaning on a shard of the sequence."""
 
 
+class DropsInSilence(LmoeError, ValueError):
+    """A fixed expert capacity, for a model that does not report what it leaves out."""
+
+
 class WrongOnRanks(LmoeError, RuntimeError):
     """The verifier found a layer that would be wrong on a cut sequence, or ranks that would not agree."""

@@ -11,7 +11,9 @@ splices another function. Below it four ops, closed under differentiation:
     grouped_mm          a[rows of e] @ b[e]                          grouped_mm, grouped_mm_weight
     grouped_mm_weight   a[rows of e]^T @ d[rows of e], per e         grouped_mm
 
-The fast path reads no value on the host: shapes do not depend on the routing (dropless).
+The fast path reads no value on the host: shapes do not depend on the routing (dropless). A second
+mark, `lmoe::dropped_rows`, stands for what the experts of these choices leave out: nothing here, and
+what capacity.py says where the compiler was asked for a fixed capacity.
 Notation: N tokens, k experts per token, M = N k rows, E experts, D hidden size, F expert size.
 """
 
@@ -34,6 +36,7 @@ _LIBRARY = torch.library.Library("lmoe", "FRAGMENT")
 _LIBRARY.define(
     "experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor"
 )
+_LIBRARY.define("dropped_rows(Tensor ids, int num_experts) -> Tensor")
 
 
 def _native(*operands: Tensor) -> bool:
@@ -114,9 +117,14 @@ class _Context:
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    k: int
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class Permutation(_Context):
+    """Of an op (rows, index there, index back, k)."""
+
+    k: int
 
 
 def _save_three(ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -139,25 +147,26 @@ def _grouped_mm_weight_backward(
     return d_a, d_d, None
 
 
-def _save_permutation(
-    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor
+def save_permutation(
+    ctx: Permutation, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor
 ) -> None:
+    """Keep both indices for the backward, which goes the other way."""
     _, order, inverse, ctx.k = inputs
     ctx.save_for_backward(order, inverse)
 
 
-def _dispatch_backward(ctx: _Context, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+def _dispatch_backward(ctx: Permutation, d_out: Tensor) -> tuple[Tensor, None, None, None]:
     return collect(d_out, *ctx.saved_tensors, ctx.k), None, None, None
 
 
-def _collect_backward(ctx: _Context, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+def _collect_backward(ctx: Permutation, d_out: Tensor) -> tuple[Tensor, None, None, None]:
     return dispatch(d_out, *ctx.saved_tensors, ctx.k), None, None, None
 
 
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_three)
 grouped_mm_weight.register_autograd(_grouped_mm_weight_backward, setup_context=_save_three)
-dispatch.register_autograd(_dispatch_backward, setup_context=_save_permutation)
-collect.register_autograd(_collect_backward, setup_context=_save_permutation)
+dispatch.register_autograd(_dispatch_backward, setup_context=save_permutation)
+collect.register_autograd(_collect_backward, setup_context=save_permutation)
 
 for _op in ("lmoe::grouped_mm", "lmoe::grouped_mm_weight"):
     for _device in ("cpu", "cuda"):
@@ -206,10 +215,24 @@ def swiglu_experts(
     return out.to(x.dtype)
 
 
+def _nothing_dropped(ids: Tensor, num_experts: int) -> Tensor:
+    return ids.new_zeros(num_experts)
+
+
 _LIBRARY.impl("experts", swiglu_experts, "CompositeImplicitAutograd")
+_LIBRARY.impl("dropped_rows", _nothing_dropped, "CompositeImplicitAutograd")
 
 
 def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`swiglu_experts` as the marked op `lmoe::experts`: what models call."""
     out: Tensor = torch.ops.lmoe.experts(x, weights, ids, gate_up, down)
     return out
+
+
+def dropped_rows(ids: Tensor, num_experts: int) -> Tensor:
+    """Rows that `experts` leaves out of ids [N, k], per expert: [E] int64.
+
+    Zeros, unless the model is compiled with `expert_capacity`. The mark `lmoe::dropped_rows`.
+    """
+    dropped: Tensor = torch.ops.lmoe.dropped_rows(ids, num_experts)
+    return dropped

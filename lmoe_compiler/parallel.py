@@ -4,7 +4,18 @@
     lmoe.parallelize(model, mesh, expert_parallel="sp")      # before the optimiser is made
     model = lmoe.compile(model, mesh=mesh, sequence_parallel="sp", expert_parallel="sp")
 
-Each rank passes its own contiguous shard of the sequence. Everything else is done by passes.
+Each rank passes its own contiguous shard of the sequence; along an axis that is not the sequence's
+ranks pass other rows of the batch. Everything else is done by passes:
+
+    axes                                     a replicated parameter's      an expert's gradient
+                                             gradient is summed over       is summed over
+    sequence_parallel="sp", experts too      sp                            nothing
+    sequence_parallel="sp", experts="ep"     sp x ep                       sp
+    data_parallel="dp", experts="ep"         dp x ep                       dp
+    data_parallel="dp", experts too          dp                            nothing
+    "sp" and "dp", experts=("sp", "dp")      sp x dp                       nothing
+
+Experts need no sum over the axes that they are cut over: the rows of all ranks there came to them.
 Next: cuts.py, what a rank keeps of a parameter.
 """
 
@@ -28,13 +39,13 @@ def parallelize(
     model: M,
     mesh: DeviceMesh,
     *,
-    expert_parallel: str | None = None,
+    expert_parallel: str | tuple[str, ...] | None = None,
     tensor_parallel: str | None = None,
 ) -> M:
     """Keep this rank's part of the weights only, in place: names of mesh axes say what is cut over which ranks.
 
-    expert_parallel: rows [i E/P, (i+1) E/P) of every expert weight, which is a 3-D parameter of a module that has a
-    `router`. tensor_parallel: of every layer that has `tensor_parts(ranks)`, which says what its heads or hidden channels own
+    expert_parallel: an axis or several as one; rows [i E/P, (i+1) E/P) of every expert weight, which is a 3-D parameter
+    of a module that has a `router`. tensor_parallel: of every layer that has `tensor_parts(ranks)`, which says what its heads or hidden channels own
     (models/mixers.py); other weights stay whole. Call it on every rank with equal weights, before the optimiser is made
     and before DDP or fully_shard. Raises NotShardable where a size is not a multiple of the ranks.
     """
@@ -45,7 +56,12 @@ def parallelize(
             try_=f'lmoe.parallelize(model, mesh, expert_parallel="{(mesh.mesh_dim_names or ("ep",))[0]}")',
         )
     if expert_parallel is not None:
-        _cut_experts(model, axis_of(mesh, expert_parallel))
+        _cut_experts(
+            model,
+            axis_of(
+                mesh, *((expert_parallel,) if isinstance(expert_parallel, str) else expert_parallel)
+            ),
+        )
     if tensor_parallel is not None:
         _cut_layers(model, axis_of(mesh, tensor_parallel))
     return model
@@ -80,11 +96,8 @@ def _cut_layers(model: nn.Module, axis: Axis) -> None:
 
 def check_cuts(options: CompileOptions) -> None:
     """Raise InvalidOption if weights are cut over an axis that the compiler is not told of: it would not sum."""
-    told = {
-        axis_of(options.mesh, name).name
-        for name in (options.expert_parallel, options.tensor_parallel)
-        if name is not None
-    }
+    given = (options.expert_axes, (options.tensor_parallel,) if options.tensor_parallel else ())
+    told = {axis_of(options.mesh, *names).name for names in given if names}
     for name, cuts in options.cuts.items():
         for cut_ in cuts:
             if cut_.axis not in told:

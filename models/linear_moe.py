@@ -31,6 +31,7 @@ class CausalLMOutput(NamedTuple):
     aux_loss: Tensor  # mean over sparse layers
     z_loss: Tensor
     expert_load: Tensor  # [sparse layers, E] tokens per expert
+    expert_dropped: Tensor  # [sparse layers, E] of these, left out for lack of capacity
 
 
 @dataclass
@@ -96,14 +97,14 @@ class Outputs(nn.Module):
         self, logits: Tensor, labels: Tensor | None, routings: list[Routing | None]
     ) -> CausalLMOutput:
         """logits [B, T, vocabulary], labels [B, T] or None; one routing a layer, None where it is dense."""
-        aux_loss, z_loss, load = _over_layers([r for r in routings if r is not None], logits)
+        aux_loss, z_loss, *loads = _over_layers([r for r in routings if r is not None], logits)
         if labels is None:
-            return CausalLMOutput(logits, None, None, aux_loss, z_loss, load)
+            return CausalLMOutput(logits, None, None, aux_loss, z_loss, *loads)
         wide = torch.promote_types(logits.dtype, torch.float32)
         cross_entropy = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten())
         config = self.config
         loss = cross_entropy + config.aux_loss_weight * aux_loss + config.z_loss_weight * z_loss
-        return CausalLMOutput(logits, loss, cross_entropy, aux_loss, z_loss, load)
+        return CausalLMOutput(logits, loss, cross_entropy, aux_loss, z_loss, *loads)
 
 
 class LinearMoEForCausalLM(nn.Module):
@@ -176,12 +177,13 @@ class LinearMoEForCausalLM(nn.Module):
         return self.lm_head(self.norm(x)), Cache(caches, cache.lengths + 1)
 
 
-def _over_layers(routings: list[Routing], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _over_layers(routings: list[Routing], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not routings:
-        zero = x.new_zeros((), dtype=torch.float32)
-        return zero, zero, x.new_zeros(0, 0, dtype=torch.float32)
+        zero, none = (x.new_zeros(size, dtype=torch.float32) for size in ((), (0, 0)))
+        return zero, zero, none, none
     return (
         torch.stack([r.aux_loss for r in routings]).mean(),
         torch.stack([r.z_loss for r in routings]).mean(),
         torch.stack([r.load for r in routings]),
+        torch.stack([r.dropped for r in routings]),
     )

@@ -48,9 +48,7 @@ class RecurrentMixer(nn.Module):
         self.rest = [rows[n] for n in self.order if not tokens[n].conv]
         self.rest += [(size, True)] if spec.gate else []
         channels = sum(_widths(self.convolved))
-        self.in_proj = nn.Linear(
-            config.hidden_size, channels + sum(_widths(self.rest)), bias=False
-        )
+        self.in_proj = nn.Linear(config.hidden_size, channels + sum(_widths(self.rest)), bias=False)
         self.conv_weight = None
         if channels:
             bound = config.conv_size**-0.5

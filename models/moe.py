@@ -1,7 +1,8 @@
 """A sparse mixture of SwiGLU experts: a top-k softmax router, its losses and loads, an optional
 shared expert.
 
-Dropless: every chosen (token, expert) pair is computed. The experts are one op, `lmoe::experts`; no
+Dropless: every chosen (token, expert) pair is computed, unless the model is compiled with a fixed
+capacity; then `Routing.dropped` says how many are not. The experts are one op, `lmoe::experts`; no
 communication here (the expert-parallel pass inserts it).
 Notation: B batch, T tokens, N = B T, D hidden size, E experts, k chosen, F expert size.
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmoe_compiler.cuts import Part, share
-from lmoe_compiler.experts import experts
+from lmoe_compiler.experts import dropped_rows, experts
 from lmoe_compiler.models.config import ModelConfig
 
 
@@ -29,6 +30,7 @@ class Routing(NamedTuple):
     aux_loss: Tensor  # scalar, 1 when balanced
     z_loss: Tensor  # scalar
     load: Tensor  # [E] tokens per expert
+    dropped: Tensor  # [E] those of them that find no place there (capacity.py)
 
 
 def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
@@ -46,7 +48,8 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
     share = load / max(1, ids.numel())
     aux_loss = logits.shape[-1] * (share * probabilities.mean(dim=0)).sum()
     z_loss = logits.logsumexp(dim=-1).square().mean()
-    return Routing(weights, ids, aux_loss, z_loss, load)
+    dropped = dropped_rows(ids, logits.shape[-1]).to(load.dtype)
+    return Routing(weights, ids, aux_loss, z_loss, load, dropped)
 
 
 class SwiGLU(nn.Module):

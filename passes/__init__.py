@@ -3,6 +3,7 @@
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.passes.base import GraphPass, PassPipeline, Record
 from lmoe_compiler.passes.canonicalize import Canonicalize
+from lmoe_compiler.passes.dropped import CountDropped
 from lmoe_compiler.passes.expert_parallel import ExpertParallel
 from lmoe_compiler.passes.experts import LowerExperts
 from lmoe_compiler.passes.gradients import SumGradients
@@ -13,7 +14,7 @@ from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.tensor_parallel import TensorParallel
 from lmoe_compiler.passes.verifier import Verifier
-from lmoe_compiler.runtime.mesh import axis_of
+from lmoe_compiler.runtime.mesh import Axis, axis_of
 
 __all__ = ["GraphPass", "PassPipeline", "Record", "pipeline"]
 
@@ -25,7 +26,7 @@ def pipeline(options: CompileOptions) -> PassPipeline:
         Canonicalize(),
         *_spread(options),
         # After the parallel passes, which replace the marks of layers that are spread over ranks by their own form.
-        LowerExperts(),
+        LowerExperts(options.expert_capacity),
     )
     return PassPipeline(passes, options.disable)
 
@@ -33,28 +34,45 @@ def pipeline(options: CompileOptions) -> PassPipeline:
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes that make a graph one rank's part of a model."""
     passes: list[GraphPass] = []
-    names = (options.sequence_parallel, options.expert_parallel, options.tensor_parallel)
-    tokens, experts, heads = (axis_of(options.mesh, name) if name else None for name in names)
-    if tokens:
-        dim = options.sequence_dim
+    sequence = _axis(options, _present(options.sequence_parallel))
+    everyone = _axis(options, options.token_axes)
+    experts = _axis(options, options.expert_axes)
+    heads = _axis(options, _present(options.tensor_parallel))
+    summed = _axis(options, options.summed_axes)
+    rest = _axis(options, tuple(n for n in options.summed_axes if n not in options.expert_axes))
+    dim = options.sequence_dim
+    if sequence:
         passes += [
             # Finds the token axis for all of these, so it sees the graph as the user wrote it.
-            SequenceParallel(tokens, dim, options.schedule),
-            Halo(tokens, dim),
-            SoftmaxParallel(tokens, dim),
-            GlobalNumbers(tokens, dim),
+            SequenceParallel(sequence, dim, options.schedule),
+            Halo(sequence, dim),
+            SoftmaxParallel(sequence, dim),
         ]
+    if everyone:
+        rows = everyone if options.batch_axes else None
+        passes.append(GlobalNumbers(sequence or everyone, dim, rows, cut=sequence is not None))
+    if options.expert_capacity is not None:
+        # Before the two passes that replace expert blocks, because it looks for them.
+        passes.append(CountDropped(options.expert_capacity, everyone))
     if heads:
-        # Before the marks of expert blocks go: their weights may be cut both ways.
+        # Before the marks of expert blocks go, because their weights may be cut both ways.
         passes.append(TensorParallel(heads, options.cuts))
     if experts:
-        passes.append(ExpertParallel(experts))
-    if tokens and options.sum_gradients:
+        passes.append(ExpertParallel(experts, options.expert_capacity))
+    if summed:
         # After ExpertParallel, which says whose weights are not replicated.
-        passes.append(SumGradients(tokens, options.expert_parallel))
-    axis = tokens or experts or heads
+        passes.append(SumGradients(summed, rest if experts else summed))
+    axis = everyone or heads
     if axis:
         # Last: it moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())
-        passes.append(Verifier(axis, sequence=tokens is not None))
+        passes.append(Verifier(axis, sequence=sequence is not None))
     return tuple(passes)
+
+
+def _present(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)
+
+
+def _axis(options: CompileOptions, names: tuple[str, ...]) -> Axis | None:
+    return axis_of(options.mesh, *names) if names else None

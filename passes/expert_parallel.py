@@ -7,14 +7,16 @@ axis.
     back = compute(sent, gate_up, down)    grouped matmuls, rows back
     y    = combine(back, weights)          sum on the tokens' own rank
 
-Three nodes, so that what does not depend on them can run between them (overlap.py). Exact: no token
-is dropped.
+Three nodes, so that what does not depend on them can run between them (overlap.py). Exact, nothing
+is dropped: how many rows go where is a value of the graph, read once a layer. With a capacity
+(lmoe_compiler/capacity.py) the same three calls have fixed sizes, and read nothing.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,46 +24,58 @@ from torch import fx
 from lmoe_compiler.passes.match import find
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import Editor, layer_of
-from lmoe_compiler.runtime import dispatch
+from lmoe_compiler.runtime import capacity, dispatch
 from lmoe_compiler.runtime.mesh import Axis
 
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """Puts all-to-alls round every `lmoe::experts`."""
+    """Puts all-to-alls round every `lmoe::experts`. `factor`: of the capacity; None: exact."""
 
     axis: Axis
+    factor: float | None = None
     name: str = "expert_parallel"
-    changes_numerics: bool = False
+
+    @property
+    def changes_numerics(self) -> bool:
+        return self.factor is not None
 
     def __call__(self, gm: fx.GraphModule) -> Report:
         report = Report(self.name)
         for node in find(gm, torch.ops.lmoe.experts):
-            local = _spread(gm, node, self.axis)
+            local = self._spread(gm, node)
             where = f"{layer_of(node)}: {local} experts on each of {self.axis.size} ranks"
             report.add("expert blocks", where)
         if report.counts:
             Editor(gm, self.name).finish()
         return report
 
+    def _spread(self, gm: fx.GraphModule, node: fx.Node) -> int:
+        x, weights, ids, gate_up, down = node.args
+        for weight in (gate_up, down):
+            _mark(weight)
+        assert isinstance(gate_up, fx.Node)
+        local = int(gate_up.meta["example_value"].shape[0])
+        size, group = self.axis.size, self.axis.groups["experts"]
+        edit = Editor(gm, self.name)
+        edit.anchor = node
+        if self.factor is None:
+            sent = edit.call(dispatch.send, x, ids, local, size, group)
+            rows, order, inverse, received, out, in_ = _fields(edit, sent, dispatch.Sent)
+            back = edit.call(dispatch.compute, rows, received, out, in_, gate_up, down, group)
+            y = edit.call(dispatch.combine, back, weights, order, inverse, x)
+        else:
+            sent = edit.call(capacity.send, x, ids, local, size, self.factor, group)
+            rows, source, slot = _fields(edit, sent, capacity.Sent)
+            back = edit.call(capacity.compute, rows, gate_up, down, size, group)
+            y = edit.call(capacity.combine, back, weights, source, slot, x)
+        node.replace_all_uses_with(y)
+        gm.graph.erase_node(node)
+        return local
 
-def _spread(gm: fx.GraphModule, node: fx.Node, axis: Axis) -> int:
-    x, weights, ids, gate_up, down = node.args
-    for weight in (gate_up, down):
-        _mark(weight)
-    assert isinstance(gate_up, fx.Node)
-    local = int(gate_up.meta["example_value"].shape[0])
-    group = axis.groups["experts"]
-    edit = Editor(gm, "expert_parallel")
-    edit.anchor = node
-    sent = edit.call(dispatch.send, x, ids, local, axis.size, group)
-    parts = [edit.call(operator.getitem, sent, i) for i in range(len(dispatch.Sent._fields))]
-    rows, order, inverse, received, out, in_ = parts
-    back = edit.call(dispatch.compute, rows, received, out, in_, gate_up, down, group)
-    y = edit.call(dispatch.combine, back, weights, order, inverse, x)
-    node.replace_all_uses_with(y)
-    gm.graph.erase_node(node)
-    return local
+
+def _fields(edit: Editor, sent: fx.Node, kind: Any) -> list[fx.Node]:
+    return [edit.call(operator.getitem, sent, i) for i in range(len(kind._fields))]
 
 
 def _mark(weight: object) -> None:

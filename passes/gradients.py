@@ -1,7 +1,11 @@
 """Gradients of replicated parameters: identity in the forward, a sum over ranks in the backward.
 
-For use without a data-parallel wrapper over the axis (DDP and FSDP2 sum by themselves). Parameters
-that differ between ranks (experts) are left alone.
+For use without a data-parallel wrapper over these axes (DDP and FSDP2 sum by themselves). Which sum
+a parameter needs:
+
+    replicated        over all ranks with other tokens: each has its share of the one loss's gradient
+    experts           over the ranks with other tokens that hold the same experts; what the ranks of
+                      the experts' own axes have to say came with the rows
 """
 
 from __future__ import annotations
@@ -19,14 +23,12 @@ from lmoe_compiler.runtime.mesh import Axis
 
 @dataclass(frozen=True)
 class SumGradients:
-    """Puts `sum_gradient` behind every parameter. `expert_axis`: the axis that experts are cut
-    over.
-
-    Experts cut over this very axis have had the tokens of all its ranks.
+    """Puts `sum_gradient` behind every parameter. `axis`: all ranks with other tokens. `rest`:
+    those of them with the same experts, None if there are none.
     """
 
     axis: Axis
-    expert_axis: str | None = None
+    rest: Axis | None
     name: str = "gradients"
     changes_numerics: bool = False
 
@@ -35,11 +37,12 @@ class SumGradients:
         parameters = [n for n in gm.graph.nodes if n.op == "placeholder" and is_parameter(n)]
         inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         for node in parameters:
-            if node.meta.get("lmoe_experts") and self.expert_axis == self.axis.name:
+            axis = self.rest if node.meta.get("lmoe_experts") else self.axis
+            if axis is None:
                 continue
             edit = Editor(gm, self.name)
             edit.anchor = inputs[-1].next
-            summed = edit.call(collectives.sum_gradient, node, self.axis.groups["numbers"])
+            summed = edit.call(collectives.sum_gradient, node, axis.groups["gradients"])
             node.replace_all_uses_with(summed, delete_user_cb=lambda user, s=summed: user is not s)
             report.add("parameters")
         if report.counts:

@@ -5,22 +5,38 @@
     independent work             S_in = finish(flight)
 
 Every wait, with all that needs it, moves behind the work that needs no wait, up to the next start.
-Starts keep their order, which is the order on every rank; values do not change.
+What waits and starts again (experts: rows there, products, rows back) moves into the middle of that
+work, so that both ways are covered:
+
+    sent = send(x)                                sent = send(x)
+    back = compute(sent)                          first half of the shared expert
+    y = combine(back)                        ->   back = compute(sent)
+    shared expert                                 second half
+                                                  y = combine(back)
+
+The order is decided by the graph alone, so it is the same on every rank; values do not change.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, field
 
+import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from lmoe_compiler.passes.match import ENTER, EXIT
 from lmoe_compiler.passes.report import Report
-from lmoe_compiler.passes.splice import Editor, layer_of
-from lmoe_compiler.runtime import dispatch, exchange
+from lmoe_compiler.passes.splice import Editor, fake_mode_of, layer_of, run
+from lmoe_compiler.runtime import capacity, dispatch, exchange
 
-STARTS = frozenset({exchange.start, dispatch.send, dispatch.compute})
-FINISHES = frozenset({exchange.finish, dispatch.compute, dispatch.combine})
+STARTS = frozenset(
+    {exchange.start, dispatch.send, dispatch.compute, capacity.send, capacity.compute}
+)
+FINISHES = frozenset(
+    {exchange.finish, dispatch.compute, dispatch.combine, capacity.compute, capacity.combine}
+)
 
 
 @dataclass(frozen=True)
@@ -36,17 +52,17 @@ class Overlap:
 
     def __call__(self, gm: fx.GraphModule) -> Report:
         report = Report(self.name)
-        held: dict[fx.Node, int] = {}
+        waiting = _Waiting()
         for node in list(gm.graph.nodes):
-            if _is_barrier(node) or (node.target in STARTS and _needs(node, held)):
-                _release(held, node, report)
+            if _is_barrier(node) or (node.target in STARTS and waiting.needed_by(node)):
+                waiting.release(node, report)
+                waiting = _Waiting()
             if node.op == "output":
                 break
-            if node.target in FINISHES or _needs(node, held):
-                held[node] = 0
-            elif node.op.startswith("call"):
-                for waiting in held:
-                    held[waiting] += 1
+            if node.target in FINISHES or waiting.needed_by(node):
+                waiting.held[node] = len(waiting.passed)
+            elif node.op.startswith("call") and waiting.held:
+                waiting.passed.append(node)
         if report.counts:
             Editor(gm, self.name).finish()
         return report
@@ -56,15 +72,65 @@ def _is_barrier(node: fx.Node) -> bool:
     return node.op == "output" or node.target in (ENTER, EXIT) or node.is_impure()
 
 
-def _needs(node: fx.Node, held: dict[fx.Node, int]) -> bool:
-    return any(operand in held for operand in node.all_input_nodes)
+@dataclass
+class _Waiting:
+    """Held nodes in their order, with how many of the passed nodes came before them; and those."""
+
+    held: dict[fx.Node, int] = field(default_factory=dict)
+    passed: list[fx.Node] = field(default_factory=list)
+
+    def needed_by(self, node: fx.Node) -> bool:
+        return any(operand in self.held for operand in node.all_input_nodes)
+
+    def release(self, before: fx.Node, report: Report) -> None:
+        """Put the held nodes back, as late as possible before `before`; the report says what they
+        let pass.
+        """
+        if len(self.passed) <= min(self.held.values(), default=0):
+            return
+        places = self._places()
+        for node, origin in self.held.items():
+            place = places[node]
+            target = self.passed[place] if place < len(self.passed) else before
+            target.prepend(node)
+            if node.target in FINISHES and place > origin:
+                report.add(
+                    "waits", f"{layer_of(node)}: {place - origin} nodes run before {node.name}"
+                )
+
+    def _places(self) -> dict[fx.Node, int]:
+        """Before which passed node each held one goes: starts share the products that passed."""
+        starts = [node for node in self.held if node.target in STARTS]
+        products = [i for i, node in enumerate(self.passed) if starts and _multiplies(node)]
+        places: dict[fx.Node, int] = {}
+        begun, earliest = 0, 0
+        for node, origin in self.held.items():
+            earliest = max(earliest, origin, *(self._after(n) for n in node.all_input_nodes))
+            if begun < len(starts):
+                share = -(-len(products) * (begun + 1) // (len(starts) + 1))
+                middle = products[share - 1] + 1 if share else len(self.passed)
+                # A start stays before those that came after it.
+                next_start = next(
+                    (i for i in range(earliest, len(self.passed)) if self._starts(i)),
+                    len(self.passed),
+                )
+                earliest = max(earliest, min(middle, next_start))
+                begun += node.target in STARTS
+            else:
+                earliest = len(self.passed)
+            places[node] = earliest
+        return places
+
+    def _after(self, node: fx.Node) -> int:
+        return self.passed.index(node) + 1 if node in self.passed else 0
+
+    def _starts(self, index: int) -> bool:
+        return self.passed[index].target in STARTS
 
 
-def _release(held: dict[fx.Node, int], before: fx.Node, report: Report) -> None:
-    """Put the held nodes, in their order, right before `before`; the counts say what they let pass."""
-    if any(held.values()):
-        for node, passed in held.items():
-            before.prepend(node)
-            if node.target in FINISHES and passed:
-                report.add("waits", f"{layer_of(node)}: {passed} nodes run before {node.name}")
-    held.clear()
+def _multiplies(node: fx.Node) -> bool:
+    """Whether a node has floating point operations to speak of: products of matrices."""
+    mode = fake_mode_of(node.graph.owning_module)  # type: ignore[arg-type]
+    with mode or contextlib.nullcontext(), torch.no_grad(), FlopCounterMode(display=False) as flops:
+        run(node)
+    return bool(flops.get_total_flops() > 0)

@@ -7,6 +7,7 @@ ranks, offset) are made once, on first use, at the head of the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,21 +25,45 @@ _KEY = "lmoe_shard"
 
 @dataclass
 class Shard:
-    """A graph whose inputs hold this rank's tokens only."""
+    """A graph whose inputs hold this rank's tokens only.
+
+    `axis`: over which sequences are cut, or where none is, the rows of the batch. `everyone`: all
+    ranks with other tokens. `rows_differ`: whether some of them hold other rows of the batch.
+    """
 
     gm: fx.GraphModule
     axis: Axis
     tokens: Tokens
+    everyone: Axis
+    rows_differ: bool = False
     _nodes: dict[str, fx.Node] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, axis: Axis, sequence_dim: int) -> Shard:
+    def of(
+        cls,
+        gm: fx.GraphModule,
+        axis: Axis,
+        sequence_dim: int,
+        everyone: Axis | None = None,
+        cut: bool = True,
+    ) -> Shard:
         """The graph's shard; the graph is analysed the first time."""
         found = gm.meta.get(_KEY)
         if found is None:
-            found = gm.meta[_KEY] = cls(gm, axis, analyse(gm, sequence_dim))
+            found = gm.meta[_KEY] = cls(gm, axis, analyse(gm, sequence_dim, cut), axis)
         assert isinstance(found, Shard)
+        if everyone is not None:
+            found.everyone, found.rows_differ = everyone, True
         return found
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that a count of tokens has to take in: all, where ranks differ in
+        them; else a token stands for itself in each.
+        """
+        if not self.rows_differ:
+            return 1
+        return math.prod(int(size) for size in self._source.shape[: self.tokens.dim])
 
     def rank(self) -> fx.Node:
         """[1] int64: this rank's place on the axis."""
@@ -46,20 +71,25 @@ class Shard:
         return self._once("rank", lambda head: head.data("lmoe_rank", index))
 
     def counts(self) -> fx.Node:
-        """[P] int64: tokens of every rank."""
-        axis = self.axis
+        """[P] int64: tokens of one row, on every rank of the axis."""
+        return self._once("counts", lambda head: self._gather(head, self.axis, [self.tokens.dim]))
 
-        def make(head: Editor) -> fx.Node:
-            flight = head.call(
-                sequence.start_counts,
-                self.tokens.source,
-                self.tokens.dim,
-                axis.size,
-                axis.groups["numbers"],
-            )
-            return head.call(collectives.wait, flight)
+    def totals(self) -> tuple[fx.Node, fx.Node]:
+        """Tokens that numbers are about: [P] int64 of everyone, and how many are here. All rows of
+        the batch where ranks differ in them, else one row.
+        """
+        dims = list(range(self.tokens.dim + 1)) if self.rows_differ else [self.tokens.dim]
+        here = self._once("here", lambda head: head.call(sequence.number, self.tokens.source, dims))
+        if not self.rows_differ:
+            return self.counts(), here
+        every = self._once("totals", lambda head: self._gather(head, self.everyone, dims))
+        return every, here
 
-        return self._once("counts", make)
+    def _gather(self, head: Editor, axis: Axis, dims: list[int]) -> fx.Node:
+        group = axis.groups["numbers"]
+        source = self.tokens.source
+        flight = head.call(sequence.start_counts, source, dims, axis.size, group)
+        return head.call(collectives.wait, flight)
 
     def offset(self) -> fx.Node:
         """[1] int64: tokens on the ranks before this one."""

@@ -11,8 +11,10 @@ the model needs no rule of its own:
     position     arange(T): shifted by the shard's offset
     count        a number made of T that meets a tensor: the global count
 
-Anything else mixes tokens in a way that no pass knows, and is refused by name. In: the graph of
-torch.compile. Out: `Tokens`. Next: sequence_parallel.py.
+Anything else mixes tokens in a way that no pass knows, and is refused by name. Where sequences are
+whole on every rank (`cut=False`: other ranks hold other rows of the batch) tokens may mix, as long as
+their axis stays; what makes a number of all tokens has to be a sum, a mean or a loss as before. In:
+the graph of torch.compile. Out: `Tokens`. Next: sequence_parallel.py.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ _SHAPE = frozenset(
     "lift_fresh_copy empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full empty zeros "
     "ones full scalar_tensor bernoulli bernoulli_ rand_like randn_like native_dropout embedding "
     "_assert_tensor_metadata".split()
+)
+_WITHOUT_VALUES = frozenset(
+    "empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full empty zeros ones "
+    "full scalar_tensor sym_size _assert_tensor_metadata".split()
 )
 _POINTWISE = frozenset({"floor_divide", "remainder", "fmod"})  # torch leaves these untagged
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias"})
@@ -100,8 +106,10 @@ def operator(node: fx.Node) -> str | None:
     return None
 
 
-def analyse(gm: fx.GraphModule, sequence_dim: int) -> Tokens:
-    """Classify every node; raises MixesTokens at the first that no rule covers."""
+def analyse(gm: fx.GraphModule, sequence_dim: int, cut: bool = True) -> Tokens:
+    """Classify every node; raises MixesTokens at the first that no rule covers. `cut`: whether a
+    sequence is spread over ranks, not only the batch.
+    """
     tokens = _find_sequence(gm, sequence_dim)
     mode = fake_mode_of(gm)
     for node in gm.graph.nodes:
@@ -115,7 +123,7 @@ def analyse(gm: fx.GraphModule, sequence_dim: int) -> Tokens:
         elif node.target in LOSSES:
             tokens.losses.append(node)
         else:
-            _classify(node, tokens, mode)
+            _classify(node, tokens, mode, cut)
     return tokens
 
 
@@ -147,8 +155,8 @@ def _is_parameter(node: fx.Node) -> bool:
     )
 
 
-def _classify(node: fx.Node, tokens: Tokens, mode: Any) -> None:
-    watch = _Watch(tokens.symbol)
+def _classify(node: fx.Node, tokens: Tokens, mode: Any, cut: bool) -> None:
+    watch = (_Watch if cut else _WatchRows)(tokens.symbol)
     with mode or contextlib.nullcontext(), watch, torch.no_grad():
         run(node)
     if watch.problem:
@@ -263,6 +271,27 @@ class _Watch(TorchDispatchMode):
         for size in x.shape[axes[-1] + 1 :]:
             behind = behind * size
         return behind
+
+
+class _WatchRows(_Watch):
+    """The same where sequences are whole: only what leaves no token axis concerns other ranks."""
+
+    def _problem(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> str:
+        space, name = func.overloadpacket._qualified_op_name.split("::")
+        pointwise = torch.Tag.pointwise in func.tags or name in _POINTWISE
+        numbers = [x for x in args if not isinstance(x, Tensor | list)]
+        if pointwise and any(axes_with(x, self.symbol) for x in numbers):
+            self.found.add("count")
+        operands = [x for x in _tensors(args) if axes_with(x, self.symbol)]
+        results = list(_tensors((out,)))
+        if space == "prim" or name in _WITHOUT_VALUES or not operands or not results:
+            return ""
+        if any(axes_with(x, self.symbol) for x in results):
+            return ""
+        if name in ("sum", "mean"):
+            self.found.add("sum")
+            return ""
+        return f"{func} makes one value of all tokens, and other ranks have other rows"
 
 
 def _same_size(a: Tensor, b: Tensor, dim: int) -> bool:

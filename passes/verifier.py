@@ -21,7 +21,7 @@ from lmoe_compiler.errors import WrongOnRanks
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import layer_of
 from lmoe_compiler.passes.token_axis import operator
-from lmoe_compiler.runtime import collectives, dispatch, exchange, sequence
+from lmoe_compiler.runtime import capacity, collectives, dispatch, exchange, sequence
 from lmoe_compiler.runtime.agreement import agree
 from lmoe_compiler.runtime.mesh import Axis
 
@@ -40,6 +40,10 @@ COLLECTIVES = frozenset(
         dispatch.send,
         dispatch.compute,
         dispatch.combine,
+        capacity.send,
+        capacity.compute,
+        capacity.combine,
+        capacity.dropped_rows,
         collectives.sum_gradient,
         collectives.sum_rows_gradient,
         collectives.global_sum,
@@ -74,7 +78,7 @@ def verify(gm: fx.GraphModule) -> None:
             _document_offsets(node, 2, sequence.shifted_documents)
         elif name == "attention":
             _attention(node)
-        elif name == "experts" or node.target is dispatch.combine:
+        elif name == "experts" or node.target in (dispatch.combine, capacity.combine):
             _router(node)
 
 

@@ -2,13 +2,17 @@
 kind of traffic.
 
 A wait on one collective of a group also waits for all earlier ones of it, so state exchange, tokens
-(keys, halos), experts and small statistics each have their own group. They are made here, on all
-ranks in one order, before anything is compiled.
+(keys, halos), experts, small statistics and gradients each have their own group. They are made
+before anything is compiled, on all ranks in one order, once: `lmoe.parallelize` and `lmoe.compile`
+do it, and a compilation only looks them up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -17,13 +21,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lmoe_compiler.errors import InvalidOption
 
-TRAFFIC = ("state", "tokens", "experts", "numbers")
+TRAFFIC = ("state", "tokens", "experts", "numbers", "gradients")
+
+_LOOKUP_ONLY = ContextVar("lookup_only", default=False)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a mesh, seen from this rank. `groups`: name of the process group for each kind of
-    traffic.
+    """One axis of a mesh, or several as one, seen from this rank. `groups`: name of the process
+    group for each kind of traffic.
     """
 
     name: str
@@ -37,22 +43,49 @@ class Axis:
         return cls(name, size, index, dict.fromkeys(TRAFFIC, group))
 
 
+@contextmanager
+def lookup_only() -> Iterator[None]:
+    """Inside, `axis_of` refuses to make groups: ranks do not compile at the same time."""
+    token = _LOOKUP_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _LOOKUP_ONLY.reset(token)
+
+
 @cache
-def axis_of(mesh: DeviceMesh, name: str) -> Axis:
-    """The axis of that name, with its own groups; call it on every rank, in the same order."""
-    names = mesh.mesh_dim_names or ()
-    if name not in names:
+def axis_of(mesh: DeviceMesh, *names: str) -> Axis:
+    """The axis of that name, or several as one (the last counts fastest), with its own groups.
+
+    The first call makes the groups: call it on every rank, in the same order. Raises InvalidOption
+    for a name that the mesh lacks, and for a first call in the middle of a compilation.
+    """
+    known = mesh.mesh_dim_names or ()
+    for name in names:
+        if name not in known:
+            raise InvalidOption(
+                f"the mesh has no axis {name!r}",
+                where=f"DeviceMesh of shape {tuple(mesh.mesh.shape)}",
+                why=f"its axes are {', '.join(known) or 'unnamed'}",
+                try_=f'init_device_mesh("cuda", (dp, {name}), mesh_dim_names=("dp", "{name}"))',
+            )
+    label = " x ".join(names)
+    if _LOOKUP_ONLY.get():
         raise InvalidOption(
-            f"the mesh has no axis {name!r}",
-            where=f"DeviceMesh of shape {tuple(mesh.mesh.shape)}",
-            why=f"its axes are {', '.join(names) or 'unnamed'}",
-            try_=f'init_device_mesh("cuda", (dp, {name}), mesh_dim_names=("dp", "{name}"))',
+            f"axis {label} has no process groups yet",
+            where="in the middle of a compilation",
+            why="ranks would make them in different orders, and wait for each other for ever",
+            try_="lmoe.compile(model, mesh=mesh, ...), which makes them first, on all ranks",
         )
-    dim = names.index(name)
-    size = mesh.mesh.shape[dim]
-    rows = mesh.mesh.movedim(dim, -1).reshape(-1, size).tolist()
+    dims = [known.index(name) for name in names]
+    rest = [d for d in range(mesh.mesh.dim()) if d not in dims]
+    size = math.prod(mesh.mesh.shape[d] for d in dims)
+    rows = mesh.mesh.permute(*rest, *dims).reshape(-1, size).tolist()
     groups = {}
     for traffic in TRAFFIC:
-        mine, _ = dist.new_subgroups_by_enumeration(rows, group_desc=f"lmoe_{name}_{traffic}")
+        mine, _ = dist.new_subgroups_by_enumeration(
+            rows, group_desc=f"lmoe_{'_'.join(names)}_{traffic}"
+        )
         groups[traffic] = mine.group_name
-    return Axis(name, size, mesh.get_local_rank(name), groups)
+    rank = dist.get_rank()
+    return Axis(label, size, next(row.index(rank) for row in rows if rank in row), groups)

@@ -7,6 +7,8 @@ heads.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +16,14 @@ from torch import Tensor
 from lmoe_compiler.runtime import collectives
 
 
-def start_counts(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-    """Tell every rank how many tokens this one holds: x.shape[dim]. In flight."""
-    own = torch.full((1,), x.shape[dim], dtype=torch.int64, device=x.device)
+def number(x: Tensor, dims: list[int]) -> int:
+    """Of tokens in x, which are along these axes."""
+    return math.prod(x.shape[dim] for dim in dims)
+
+
+def start_counts(x: Tensor, dims: list[int], size: int, group: str) -> Tensor:
+    """Tell every rank how many tokens this one holds, along these axes of x. In flight."""
+    own = torch.full((1,), number(x, dims), dtype=torch.int64, device=x.device)
     return collectives.start_all_gather(own, size, group)
 
 

@@ -5,15 +5,20 @@ rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lmoe_compiler.config import CompileOptions
+from lmoe_compiler.passes import pipeline
+from lmoe_compiler.passes.base import GraphRecord, PassPipeline
 from lmoe_compiler.runtime.local_world import run_ranks
-from lmoe_compiler.runtime.mesh import Axis
+from lmoe_compiler.runtime.mesh import Axis, axis_of
 
 Transform = Callable[[fx.GraphModule, Axis], None]
 
@@ -100,3 +105,50 @@ def on_ranks(
         graphs.append(gm)
 
     return run_ranks(size, one)
+
+
+class Meshed:
+    """Ranks of a mesh with these axes, and the passes of `lmoe.compile(mesh=..., **options)` on each."""
+
+    def __init__(self, shape: Mapping[str, int], **options: Any) -> None:
+        self.shape, self.options, self.size = shape, options, math.prod(shape.values())
+        self.pipelines = run_ranks(self.size, lambda rank, _: self._passes())
+
+    def _passes(self) -> PassPipeline:
+        """Makes the groups, which have the same names in every simulated world of this mesh."""
+        axis_of.cache_clear()
+        return pipeline(CompileOptions(mesh=self._mesh(), **self.options))
+
+    def _mesh(self) -> DeviceMesh:
+        names = tuple(self.shape)
+        return init_device_mesh("cpu", tuple(self.shape.values()), mesh_dim_names=names)
+
+    def place(self, rank: int, *axes: str) -> int:
+        """A rank's place on some axes taken as one."""
+        index = 0
+        for name in axes:
+            behind = math.prod(list(self.shape.values())[list(self.shape).index(name) + 1 :])
+            index = index * self.shape[name] + rank // behind % self.shape[name]
+        return index
+
+    def transformed(self, captured: Captured) -> list[fx.GraphModule]:
+        """The graph of each rank."""
+        assert captured.graph is not None
+        graphs = [copy.deepcopy(captured.graph) for _ in range(self.size)]
+        for passes, gm in zip(self.pipelines, graphs, strict=True):
+            passes.run(gm, GraphRecord())
+        return graphs
+
+    def run(
+        self,
+        graphs: Sequence[fx.GraphModule],
+        inputs: Sequence[Sequence[Any]],
+        weights: Sequence[Tensor],
+    ) -> list[Run]:
+        """`inputs[r]`: rank r's flat inputs; the same cotangents for all."""
+
+        def one(rank: int, _: str) -> Run:
+            self._passes()
+            return run_graph(graphs[rank], inputs[rank], weights)
+
+        return run_ranks(self.size, one)

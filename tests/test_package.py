@@ -36,7 +36,7 @@ LAYERS = (
     ("interpreted", "implementation"),
     ("lower",),
     ("codegen",),
-    ("experts",),
+    ("capacity",),
     ("runtime",),
     ("checks", "transforms", "stages"),
     ("kernels",),

@@ -12,13 +12,11 @@ import torch
 from simulated import Captured, run_graph
 from torch import Tensor, nn
 
-from lmoe_compiler.cuts import Part, cut, cuts_of
-from lmoe_compiler.errors import NotShardable
+from lmoe_compiler.cuts import cuts_of
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import Block
 from lmoe_compiler.models.mixer_table import MIXERS
 from lmoe_compiler.parallel import _cut_layers
-from lmoe_compiler.passes.expert_parallel import ExpertParallel
 from lmoe_compiler.passes.splice import parameter_name
 from lmoe_compiler.passes.tensor_parallel import TensorParallel
 from lmoe_compiler.runtime.local_world import run_ranks
