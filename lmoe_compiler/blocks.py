@@ -5,12 +5,12 @@
 
 FSDP2 gathers a block's weights before its forward and frees them after it, in hooks, which torch cannot trace into one
 graph of a whole model (torch 2.13). So the blocks' own `forward`s are compiled, in place: hooks run around them, names
-of parameters and checkpoints stay. The blocks are the model's children, a ModuleList's entries one by one, so embedding,
+of parameters and checkpoints stay. The blocks are the model's children, a ModuleList's entries one by one: embedding,
 norm, head and losses are blocks as layers are, and each graph finds the global offset and counts by itself.
 
 Passes see one block at a time. What a model computes *between* its blocks no pass sees, and on a shard of the sequence
-it would be this rank's numbers in silence; so where ranks hold different tokens a forward that does more than hand values from
-block to block is refused.
+it would be this rank's numbers in silence; so where ranks hold different tokens, a forward that does more than hand
+values from block to block is refused.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def _in_one_piece(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def data_parallel(
     model: nn.Module, mesh: DeviceMesh, axis: str, *, wrapper: str = "fsdp2", **options: Any
 ) -> nn.Module:
-    """FSDP2 (fully_shard, in place) round every block and the rest, or DDP: sums of gradients over `axis` of the mesh.
+    """FSDP2 (fully_shard, in place) round every block and the rest, or DDP: sums of gradients over `axis` of the mesh,
+    whose ranks hold other rows (or other tokens).
 
     Sums, because the loss of a model compiled with data_parallel=axis is that of all rows already; compile with
     sum_gradients= naming the other axes only. Experts that are cut over the axis stay as they are: the rows of all its

@@ -45,9 +45,10 @@ def parallelize(
     """Keep this rank's part of the weights only, in place: names of mesh axes say what is cut over which ranks.
 
     expert_parallel: an axis or several as one; rows [i E/P, (i+1) E/P) of every expert weight, which is a 3-D parameter
-    of a module that has a `router`. tensor_parallel: of every layer that has `tensor_parts(ranks)`, which says what its heads or hidden channels own
-    (models/mixers.py); other weights stay whole. Call it on every rank with equal weights, before the optimiser is made
-    and before DDP or fully_shard. Raises NotShardable where a size is not a multiple of the ranks.
+    of a module that has a `router`. tensor_parallel: an axis; heads and hidden channels of every layer that has
+    `tensor_parts(ranks)`, which says what parameters they own (models/mixers.py); other weights stay whole. Call it on
+    every rank with equal weights, before the optimiser is made and before DDP or fully_shard. Raises NotShardable where
+    a size is not a multiple of the ranks.
     """
     if expert_parallel is None and tensor_parallel is None:
         raise InvalidOption(
@@ -56,12 +57,8 @@ def parallelize(
             try_=f'lmoe.parallelize(model, mesh, expert_parallel="{(mesh.mesh_dim_names or ("ep",))[0]}")',
         )
     if expert_parallel is not None:
-        _cut_experts(
-            model,
-            axis_of(
-                mesh, *((expert_parallel,) if isinstance(expert_parallel, str) else expert_parallel)
-            ),
-        )
+        names = (expert_parallel,) if isinstance(expert_parallel, str) else expert_parallel
+        _cut_experts(model, axis_of(mesh, *names))
     if tensor_parallel is not None:
         _cut_layers(model, axis_of(mesh, tensor_parallel))
     return model

@@ -37,13 +37,13 @@ class RecurrentMixer(nn.Module):
         super().__init__()
         self.spec, self.num_heads = spec, config.linear_heads
         self.conv_size, self.norm_eps = config.conv_size, config.norm_eps
-        self.shapes = _input_shapes(config, spec)
+        shapes = _input_shapes(config, spec)
         tokens = {n: s for n, s in spec.inputs.items() if isinstance(s, Projected)}
         # Convolved inputs first, so that they are one slice of one matmul.
         self.order = sorted(tokens, key=lambda name: not tokens[name].conv)
         size = config.linear_heads * config.value_dim
         # Stretches of the projection's rows: (length, whether heads own it; a low rank is for all heads).
-        rows = {n: (s.rank or math.prod(self.shapes[n]), not s.rank) for n, s in tokens.items()}
+        rows = {n: (s.rank or math.prod(shapes[n]), not s.rank) for n, s in tokens.items()}
         self.convolved = [rows[n] for n in self.order if tokens[n].conv]
         self.rest = [rows[n] for n in self.order if not tokens[n].conv]
         self.rest += [(size, True)] if spec.gate else []
@@ -55,11 +55,11 @@ class RecurrentMixer(nn.Module):
             weight = torch.empty(channels, config.conv_size).uniform_(-bound, bound)
             self.conv_weight = nn.Parameter(weight)
         self.inputs = nn.ModuleDict(
-            {name: _TokenInput(tokens[name], self.shapes[name]) for name in self.order}
+            {name: _TokenInput(tokens[name], shapes[name]) for name in self.order}
         )
         self.learned = nn.ParameterDict(
             {
-                name: nn.Parameter(s.init(self.shapes[name]).float(), requires_grad=s.trained)
+                name: nn.Parameter(s.init(shapes[name]).float(), requires_grad=s.trained)
                 for name, s in spec.inputs.items()
                 if isinstance(s, Learned)
             }
@@ -83,9 +83,6 @@ class RecurrentMixer(nn.Module):
             for name, parameter in self.get_submodule(owner).named_parameters():
                 if parameter.dim() and parameter.shape[0] % heads == 0:
                     parts[f"{owner}.{name}"] = Part.even(parameter, 0)
-        self.shapes = {n: (self.num_heads, *axes) for n, (_, *axes) in self.shapes.items()}
-        for name in self.order:
-            self.inputs[name].shape = self.shapes[name]
         self.convolved, self.rest = (
             [(length // ranks if own else length, own) for length, own in stretches]
             for stretches in (self.convolved, self.rest)
@@ -170,7 +167,7 @@ class _TokenInput(nn.Module):
 
     def __init__(self, projected: Projected, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.shape, size = shape, math.prod(shape)
+        self.axes, size = shape[1:], math.prod(shape)
         self.up = nn.Linear(projected.rank, size, bias=False) if projected.rank else None
         self.bias = (
             None if projected.bias is None else nn.Parameter(torch.full((size,), projected.bias))
@@ -181,7 +178,7 @@ class _TokenInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.up is None else self.up(x)
         x = x if self.bias is None else x + self.bias.to(x.dtype)
-        x = x.unflatten(-1, self.shape)
+        x = x.unflatten(-1, (-1, *self.axes))
         stateful = iter(self.stateful)
         for function in self.functions:
             x = next(stateful)(x) if isinstance(function, type) else function(x)

@@ -51,13 +51,14 @@ ROWS, LENGTH, STEPS = 4, 12, 3
 
 @dataclass(frozen=True)
 class Layout:
-    """What the axes of the mesh do. `wrapper`: who sums gradients over `data`; without one, the graphs do."""
+    """What the axes of the mesh do. `wrapper`: who sums gradients over `wrapped`; graphs do over the other axes."""
 
     sequence: str | None = None
     tensor: str | None = None
     expert: str | None = None
     data: str | None = None
-    wrapper: str | None = None
+    wrapper: str = ""
+    wrapped: str = "b"
     inner: str = "eager"
 
     @property
@@ -69,7 +70,7 @@ class Layout:
     @property
     def options(self) -> dict[str, Any]:
         tokens = [axis for axis in (self.sequence, *self.rows) if axis]
-        summed = tuple(axis for axis in tokens if not (self.wrapper and axis == self.data))
+        summed = tuple(axis for axis in tokens if not (self.wrapper and axis == self.wrapped))
         return {
             "sequence_parallel": self.sequence,
             "tensor_parallel": self.tensor,
@@ -83,7 +84,6 @@ class Layout:
 LAYOUTS = {
     "SP TP": Layout(sequence="a", tensor="b"),
     "SP EP": Layout(sequence="a", expert="b"),
-    "SP DP": Layout(sequence="a", data="b"),
     "SP DDP": Layout(sequence="a", data="b", wrapper="ddp"),
     "SP FSDP2": Layout(sequence="a", data="b", wrapper="fsdp2", inner="aot_eager"),
     "TP EP": Layout(tensor="a", expert="b"),
@@ -91,14 +91,15 @@ LAYOUTS = {
     "TP FSDP2": Layout(tensor="a", data="b", wrapper="fsdp2"),
     "EP DDP": Layout(expert="a", data="b", wrapper="ddp"),
     "EP FSDP2": Layout(expert="a", data="b", wrapper="fsdp2"),
-    "SP, TP, EP on the axis of SP": Layout(sequence="a", expert="a", tensor="b", inner="aot_eager"),
+    "SP, TP, EP on the axis of SP": Layout(sequence="a", expert="a", tensor="b"),
+    "SP, TP, FSDP2 on the axis of SP": Layout(
+        sequence="a", tensor="b", wrapper="fsdp2", wrapped="a"
+    ),
     "SP, FSDP2, EP on the axis of SP": Layout(sequence="a", expert="a", data="b", wrapper="fsdp2"),
     "SP, FSDP2, EP on its axis": Layout(sequence="a", expert="b", data="b", wrapper="fsdp2"),
     "TP, DDP, EP on its axis": Layout(tensor="a", expert="b", data="b", wrapper="ddp"),
 }
-
 PIPELINES = {
-    "PP": Layout(),
     "PP SP": Layout(sequence="b"),
     "PP TP": Layout(tensor="b"),
     "PP EP": Layout(expert="b"),
@@ -165,8 +166,7 @@ def prepare(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
         lmoe.parallelize(model, mesh, expert_parallel=layout.expert, tensor_parallel=layout.tensor)
     lmoe.compile_blocks(model, mesh=mesh, **layout.options)
     if layout.wrapper:
-        assert layout.data is not None
-        return lmoe.data_parallel(model, mesh, layout.data, wrapper=layout.wrapper)
+        return lmoe.data_parallel(model, mesh, layout.wrapped, wrapper=layout.wrapper)
     return model
 
 
