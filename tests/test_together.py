@@ -7,10 +7,7 @@ or rows; so are triples, and pipelines (PP) of two stages. Models are compiled b
 
 from __future__ import annotations
 
-import os
-import time
-import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -60,6 +57,7 @@ class Layout:
     wrapper: str = ""
     wrapped: str = "b"
     inner: str = "eager"
+    layers: str = "LN"
 
     @property
     def rows(self) -> list[str]:
@@ -85,7 +83,7 @@ LAYOUTS = {
     "SP TP": Layout(sequence="a", tensor="b"),
     "SP EP": Layout(sequence="a", expert="b"),
     "SP DDP": Layout(sequence="a", data="b", wrapper="ddp"),
-    "SP FSDP2": Layout(sequence="a", data="b", wrapper="fsdp2", inner="aot_eager"),
+    "SP FSDP2": Layout(sequence="a", data="b", wrapper="fsdp2", inner="aot_eager", layers="L"),
     "TP EP": Layout(tensor="a", expert="b"),
     "TP DDP": Layout(tensor="a", data="b", wrapper="ddp"),
     "TP FSDP2": Layout(tensor="a", data="b", wrapper="fsdp2"),
@@ -115,9 +113,9 @@ class Reference:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def new_model() -> LinearMoEForCausalLM:
+def new_model(layers: str = "LN") -> LinearMoEForCausalLM:
     torch.manual_seed(0)
-    return LinearMoEForCausalLM(CONFIG)
+    return LinearMoEForCausalLM(replace(CONFIG, num_layers=len(layers), layer_pattern=layers))
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -132,8 +130,8 @@ def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def reference() -> Reference:
-    model, result = new_model(), Reference()
+def reference(layers: str) -> Reference:
+    model, result = new_model(layers), Reference()
     optimiser = optimiser_of(model)
     for ids, labels in batches():
         loss = model(ids, labels).loss
@@ -171,7 +169,7 @@ def prepare(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
 
 
 def train(mesh: DeviceMesh, layout: Layout, one: Reference) -> None:
-    model = new_model()
+    model = new_model(layout.layers)
     call = prepare(model, mesh, layout)
     optimiser = optimiser_of(model)
     for batch, expected in zip(batches(), one.losses, strict=True):
@@ -260,25 +258,17 @@ def pipeline(mesh: DeviceMesh, layout: Layout) -> None:
 
 def all_layouts(rank: int, size: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    one, failed = reference(), []
-    todo = [(name, lambda l=l: train(mesh, l, one)) for name, l in LAYOUTS.items()]
-    todo += [(name, lambda l=l: pipeline(mesh, l)) for name, l in PIPELINES.items()]
-    only = os.environ.get("ONLY")
-    for name, job in todo:
-        if only and only not in name:
-            continue
-        start = time.time()
+    references = {layers: reference(layers) for layers in ("LN", "L")}
+    for name, layout in (LAYOUTS | PIPELINES).items():
         torch._dynamo.reset()
         try:
-            job()
-        except Exception:
-            if not os.environ.get("ALL"):
-                raise
-            failed.append(f"{name}: {traceback.format_exc()[-2500:]}")
-        if rank == 0:
-            print(name, time.time() - start, flush=True)
+            if name in PIPELINES:
+                pipeline(mesh, layout)
+            else:
+                train(mesh, layout, references[layout.layers])
+        except Exception as error:
+            raise AssertionError(f"rank {rank}, {name}: {error}") from error
         dist.barrier()
-    assert not failed, "\n".join(failed)
 
 
 @pytest.mark.slow
