@@ -20,7 +20,7 @@ from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.cuts import cuts_of
 from lmoe_compiler.debug import show
 from lmoe_compiler.parallel import check_cuts, follow_tokens
-from lmoe_compiler.passes import pipeline
+from lmoe_compiler.passes import after_aot, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
 from lmoe_compiler.runtime.mesh import lookup_only
@@ -28,6 +28,9 @@ from lmoe_compiler.runtime.mesh import lookup_only
 P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound=Module)
+# Inductor moves producers to their users and reorders for memory: what we put between a collective's start and its wait
+# would run after the wait.
+KEEP_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 Inner = Callable[[fx.GraphModule, Sequence[Any], CompileOptions, GraphRecord], Any]
 
 
@@ -66,9 +69,11 @@ def _inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
-    if chosen.after_aot:
-        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(chosen.after_aot), graph)
+    mode = list_mode_options(chosen.mode) if chosen.mode else {}
+    patches = {**mode, **(KEEP_ORDER if chosen.token_axes else {}), **chosen.inductor}
+    late = after_aot(chosen)
+    if late:
+        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(late), graph)
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
@@ -98,7 +103,7 @@ def _aot_eager(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def lowered(direction: str, aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        PassPipeline(chosen.after_aot).run(aten, graph)
+        PassPipeline(after_aot(chosen)).run(aten, graph)
         if graph.texts:
             graph.lowered.append((direction, readable(aten)))
         show("fx", f"{direction} after AOTAutograd", lambda: readable(aten))

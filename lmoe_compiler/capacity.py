@@ -43,7 +43,7 @@ def places(ids: Tensor, num_experts: int, factor: float) -> Places:
     """The places of the rows that ids [N, k] asks for."""
     count = capacity(ids.numel(), num_experts, factor)
     order, inverse, ends = sort_by_expert(ids, num_experts)
-    starts = F.pad(ends, (1, 0))[:-1].to(torch.int64)
+    starts = F.pad(ends, (1, -1)).to(torch.int64)
     chosen = ids.reshape(-1)
     turn = inverse - starts.index_select(0, chosen)
     slot = torch.where(turn < count, chosen * count + turn, -1)

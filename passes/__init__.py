@@ -10,13 +10,14 @@ from lmoe_compiler.passes.gradients import SumGradients
 from lmoe_compiler.passes.halo import Halo
 from lmoe_compiler.passes.losses import GlobalNumbers
 from lmoe_compiler.passes.overlap import Overlap
+from lmoe_compiler.passes.schedule import RaiseStarts
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.tensor_parallel import TensorParallel
 from lmoe_compiler.passes.verifier import Verifier
 from lmoe_compiler.runtime.mesh import Axis, axis_of
 
-__all__ = ["GraphPass", "PassPipeline", "Record", "pipeline"]
+__all__ = ["GraphPass", "PassPipeline", "Record", "after_aot", "pipeline"]
 
 
 def pipeline(options: CompileOptions) -> PassPipeline:
@@ -28,7 +29,18 @@ def pipeline(options: CompileOptions) -> PassPipeline:
         # After the parallel passes, which replace the marks of layers that are spread over ranks by their own form.
         LowerExperts(options.expert_capacity),
     )
-    return PassPipeline(passes, options.disable)
+    late = [p.name for p in _late(options)]
+    return PassPipeline(passes, tuple(name for name in options.disable if name not in late))
+
+
+def after_aot(options: CompileOptions) -> tuple[GraphPass, ...]:
+    """The passes for the forward and backward graphs that AOTAutograd makes: ours, then the caller's."""
+    ours = (p for p in _late(options) if p.name not in options.disable)
+    return (*ours, *options.after_aot)
+
+
+def _late(options: CompileOptions) -> tuple[GraphPass, ...]:
+    return (RaiseStarts(),) if options.token_axes else ()
 
 
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:

@@ -54,6 +54,9 @@ class CountDropped:
         edit = Editor(gm, self.name)
         edit.anchor = mark
         ids, num_experts = mark.args
+        assert isinstance(ids, fx.Node)
+        # What the mark said besides: passes that need it find it here.
+        ids.meta["lmoe_num_experts"] = num_experts
         if self.everyone is None:
             count = edit.call(capacity.dropped_rows, ids, num_experts, self.factor)
         else:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lmoe_compiler.passes.experts import check_held
 from lmoe_compiler.passes.match import find
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import Editor, layer_of
@@ -54,8 +55,7 @@ class ExpertParallel:
         x, weights, ids, gate_up, down = node.args
         for weight in (gate_up, down):
             _mark(weight)
-        assert isinstance(gate_up, fx.Node)
-        local = int(gate_up.meta["example_value"].shape[0])
+        local = check_held(node, self.axis.size)
         size, group = self.axis.size, self.axis.groups["experts"]
         edit = Editor(gm, self.name)
         edit.anchor = node

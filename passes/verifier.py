@@ -84,7 +84,7 @@ def verify(gm: fx.GraphModule) -> None:
 
 def signature(gm: fx.GraphModule) -> str:
     """A hash of the collectives of a graph, in order, with the shapes of what they give."""
-    lines = [f"{node.target.__name__} {_shapes(node)}" for node in collectives_of(gm)]  # type: ignore[union-attr]
+    lines = [f"{node.target.__name__} {_shapes(node)}{_even(node)}" for node in collectives_of(gm)]  # type: ignore[union-attr]
     # Symbols are numbered by each process as it likes.
     order: dict[str, str] = {}
     text = re.sub(
@@ -102,6 +102,16 @@ def _shapes(node: fx.Node) -> Any:
     value = node.meta.get("example_value")
     values = value if isinstance(value, tuple | list) else [value]
     return [tuple(map(str, x.shape)) for x in values if isinstance(x, Tensor)]
+
+
+def _even(node: fx.Node) -> str:
+    """Rows that a fixed capacity starts from, as compiled: all ranks need as many tokens."""
+    if node.target is not capacity.send:
+        return ""
+    ids = node.args[1]
+    assert isinstance(ids, fx.Node)
+    rows = ids.meta["example_value"].numel()
+    return f" of {getattr(getattr(rows, 'node', None), 'hint', rows)} rows"
 
 
 def _recurrence(node: fx.Node) -> None:

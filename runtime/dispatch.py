@@ -46,8 +46,8 @@ def send(x: Tensor, ids: Tensor, num_local: int, size: int, group: str) -> Sent:
 
 
 def _read(splits: Tensor) -> list[list[int]]:
-    """The one host read of a layer."""
-    values: list[list[int]] = splits.tolist()
+    """The one host read of a layer: a compiled graph reads each number alone, so they move first."""
+    values: list[list[int]] = splits.cpu().tolist()
     for row in values:
         for value in row:
             torch._check(value >= 0)
