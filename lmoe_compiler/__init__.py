@@ -2,6 +2,7 @@
 
 from lmoe_compiler import errors
 from lmoe_compiler.backend import compile
+from lmoe_compiler.blocks import compile_blocks, data_parallel
 from lmoe_compiler.definition import Recurrence, parse, recurrence
 from lmoe_compiler.dims import Dim, Head, State, Token
 from lmoe_compiler.explain import explain
@@ -14,6 +15,8 @@ __all__ = [
     "State",
     "Token",
     "compile",
+    "compile_blocks",
+    "data_parallel",
     "errors",
     "explain",
     "parallelize",

@@ -17,8 +17,9 @@ from torch import fx
 from torch.nn import Module
 
 from lmoe_compiler.config import CompileOptions
+from lmoe_compiler.cuts import cuts_of
 from lmoe_compiler.debug import show
-from lmoe_compiler.parallel import follow_tokens
+from lmoe_compiler.parallel import check_cuts, follow_tokens
 from lmoe_compiler.passes import after_aot, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
@@ -152,8 +153,11 @@ def compile(
     """
     if model is None:
         return partial(compile, fullgraph=fullgraph, dynamic=dynamic, **options)
+    if isinstance(model, Module):
+        options["cuts"] = cuts_of(model)
     chosen = CompileOptions.of(options)
-    spread = bool(chosen.token_axes)
+    spread = bool(chosen.token_axes or chosen.tensor_parallel)
+    check_cuts(chosen)
     if spread:
         # Process groups are made here, on all ranks in one order, never in the middle of a compilation.
         pipeline(chosen)

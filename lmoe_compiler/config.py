@@ -99,8 +99,11 @@ class CompileOptions:
     expert_capacity: a factor; an expert has places for factor * (its share if all had as many) rows of each rank, and
     the model's `expert_dropped` counts what found none. None: exact.
     schedule: how recurrences exchange states, "auto" (the planner's choice), "all_gather" or "transpose".
-    sum_gradients: sum each parameter's gradient over all of these axes, experts' over those that they are not cut
-    over; False where a wrapper (DDP, FSDP2) takes these sums. It must be sums: means make the gradients too small.
+    sum_gradients: over which of these axes each parameter's gradient is summed in the graph, experts' over those that
+    they are not cut over: True for all, or names; wrappers (lmoe.data_parallel) take the other sums. It must be sums:
+    means make the gradients too small.
+    tensor_parallel: an axis whose ranks hold the same tokens, and parts of heads and hidden channels.
+    cuts: what `lmoe.parallelize` has cut of the module's weights; `lmoe.compile` looks it up.
     record: an object that keeps what happened (passes/base.py); `lmoe.explain` sets it.
     """
 
@@ -111,12 +114,14 @@ class CompileOptions:
     data_parallel: str | tuple[str, ...] | None = None
     expert_parallel: str | tuple[str, ...] | None = None
     expert_capacity: float | None = None
+    tensor_parallel: str | None = None
     sequence_dim: int = 1
     schedule: str = "auto"
-    sum_gradients: bool = True
+    sum_gradients: bool | str | tuple[str, ...] = True
     after_aot: tuple[Any, ...] = ()
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    cuts: Mapping[str, Any] = field(default_factory=dict, repr=False)
     record: Any = field(default=None, repr=False)
 
     @classmethod
@@ -127,7 +132,7 @@ class CompileOptions:
             if name not in known:
                 raise InvalidOption(
                     f"the backend has no option {name!r}",
-                    why=f"options are {', '.join(known[:-1])}",
+                    why=f"options are {', '.join(known[:-2])}",
                     try_='torch.compile(model, backend="lmoe", options={"inner": "aot_eager"})',
                 )
         disable = given.get("disable", ())
@@ -170,12 +175,21 @@ class CompileOptions:
         return (*_names(self.sequence_parallel), *self.batch_axes)
 
     @property
+    def summed_axes(self) -> tuple[str, ...]:
+        """Axes of `token_axes` over which the graph sums gradients."""
+        if isinstance(self.sum_gradients, bool):
+            return self.token_axes if self.sum_gradients else ()
+        return tuple(name for name in self.token_axes if name in _names(self.sum_gradients))
+
+    @property
     def expert_axes(self) -> tuple[str, ...]:
         return _names(self.expert_parallel)
 
     def _check_axes(self) -> None:
         known = tuple(getattr(self.mesh, "mesh_dim_names", None) or ())
-        for option in ("sequence_parallel", "data_parallel", "expert_parallel"):
+        for option in (
+            "sequence_parallel", "data_parallel", "expert_parallel", "tensor_parallel"
+        ):  # fmt: skip
             for axis in _names(getattr(self, option)):
                 if axis not in known:
                     raise InvalidOption(
@@ -190,6 +204,19 @@ class CompileOptions:
                 f"axis {self.sequence_parallel!r} is given to sequence_parallel and data_parallel",
                 why="its ranks hold parts of one sequence, or other rows of the batch, not both",
                 try_='sequence_parallel="sp", data_parallel="dp"',
+            )
+        for name in () if isinstance(self.sum_gradients, bool) else _names(self.sum_gradients):
+            if name not in self.token_axes:
+                raise InvalidOption(
+                    f"sum_gradients={name!r} is no axis with different tokens",
+                    why=f"gradients are summed over some of {', '.join(self.token_axes) or 'none'}",
+                    try_="sum_gradients=True",
+                )
+        if self.tensor_parallel in self.token_axes:
+            raise InvalidOption(
+                f"axis {self.tensor_parallel!r} is given to tensor_parallel and for tokens",
+                why="its ranks hold the same tokens, or different ones, not both",
+                try_='tensor_parallel="tp", sequence_parallel="sp"',
             )
 
 

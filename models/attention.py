@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmoe_compiler.cuts import Part, share
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.short_convolution import document_starts
 
@@ -97,6 +98,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def tensor_parts(self, ranks: int) -> dict[str, Part]:
+        """What heads own, for parallelize(tensor_parallel=...); from here on this is one rank's layer."""
+        self.num_kv_heads = share(self.num_kv_heads, ranks, "key-value heads")
+        self.num_heads = share(self.num_heads, ranks, "heads")
+        parts = {
+            f"{name}.weight": Part.even(self.get_parameter(f"{name}.weight"), 0)
+            for name in ("q_proj", "k_proj", "v_proj")
+        }
+        return parts | {"o_proj.weight": Part.even(self.o_proj.weight, 1, summed=True)}
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))

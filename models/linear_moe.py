@@ -84,6 +84,29 @@ class Block(nn.Module):
         return x + self.mlp(normed), None
 
 
+class Outputs(nn.Module):
+    """Logits, labels and the layers' routings -> losses and loads. A module, though it has no parameters, so that all
+    of a model's work is done by its child modules (lmoe_compiler/blocks.py).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, logits: Tensor, labels: Tensor | None, routings: list[Routing | None]
+    ) -> CausalLMOutput:
+        """logits [B, T, vocabulary], labels [B, T] or None; one routing a layer, None where it is dense."""
+        aux_loss, z_loss, *loads = _over_layers([r for r in routings if r is not None], logits)
+        if labels is None:
+            return CausalLMOutput(logits, None, None, aux_loss, z_loss, *loads)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        cross_entropy = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten())
+        config = self.config
+        loss = cross_entropy + config.aux_loss_weight * aux_loss + config.z_loss_weight * z_loss
+        return CausalLMOutput(logits, loss, cross_entropy, aux_loss, z_loss, *loads)
+
+
 class LinearMoEForCausalLM(nn.Module):
     """The language model of a `ModelConfig`."""
 
@@ -94,6 +117,7 @@ class LinearMoEForCausalLM(nn.Module):
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.letters)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.outputs = Outputs(config)
         self._initialise()
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
@@ -124,17 +148,8 @@ class LinearMoEForCausalLM(nn.Module):
         routings = []
         for layer in self.layers:
             x, routing = layer(x, cu_seqlens)
-            if routing is not None:
-                routings.append(routing)
-        logits = self.lm_head(self.norm(x))
-        aux_loss, z_loss, *loads = _over_layers(routings, x)
-        if labels is None:
-            return CausalLMOutput(logits, None, None, aux_loss, z_loss, *loads)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        cross_entropy = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten())
-        config = self.config
-        loss = cross_entropy + config.aux_loss_weight * aux_loss + config.z_loss_weight * z_loss
-        return CausalLMOutput(logits, loss, cross_entropy, aux_loss, z_loss, *loads)
+            routings.append(routing)
+        return self.outputs(self.lm_head(self.norm(x)), labels, routings)
 
     def prefill(self, input_ids: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Cache]:
         """Read N packed prompts [1, T] at once -> next-token logits [N, vocabulary] and their

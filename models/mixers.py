@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmoe_compiler.cuts import Part, share
 from lmoe_compiler.errors import InvalidModel
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.mixer_table import Learned, MixerSpec, Projected
@@ -36,36 +37,57 @@ class RecurrentMixer(nn.Module):
         super().__init__()
         self.spec, self.num_heads = spec, config.linear_heads
         self.conv_size, self.norm_eps = config.conv_size, config.norm_eps
-        self.shapes = _input_shapes(config, spec)
+        shapes = _input_shapes(config, spec)
         tokens = {n: s for n, s in spec.inputs.items() if isinstance(s, Projected)}
         # Convolved inputs first, so that they are one slice of one matmul.
         self.order = sorted(tokens, key=lambda name: not tokens[name].conv)
-        width = {n: tokens[n].rank or math.prod(self.shapes[n]) for n in self.order}
         size = config.linear_heads * config.value_dim
-        self.conv_widths = [width[n] for n in self.order if tokens[n].conv]
-        self.rest_widths = [width[n] for n in self.order if not tokens[n].conv]
-        self.rest_widths += [size] if spec.gate else []
-        self.channels = sum(self.conv_widths)
-        self.in_proj = nn.Linear(
-            config.hidden_size, self.channels + sum(self.rest_widths), bias=False
-        )
+        # Stretches of the projection's rows: (length, whether heads own it; a low rank is for all heads).
+        rows = {n: (s.rank or math.prod(shapes[n]), not s.rank) for n, s in tokens.items()}
+        self.convolved = [rows[n] for n in self.order if tokens[n].conv]
+        self.rest = [rows[n] for n in self.order if not tokens[n].conv]
+        self.rest += [(size, True)] if spec.gate else []
+        channels = sum(_widths(self.convolved))
+        self.in_proj = nn.Linear(config.hidden_size, channels + sum(_widths(self.rest)), bias=False)
         self.conv_weight = None
-        if self.channels:
+        if channels:
             bound = config.conv_size**-0.5
-            weight = torch.empty(self.channels, config.conv_size).uniform_(-bound, bound)
+            weight = torch.empty(channels, config.conv_size).uniform_(-bound, bound)
             self.conv_weight = nn.Parameter(weight)
         self.inputs = nn.ModuleDict(
-            {name: _TokenInput(tokens[name], self.shapes[name]) for name in self.order}
+            {name: _TokenInput(tokens[name], shapes[name]) for name in self.order}
         )
         self.learned = nn.ParameterDict(
             {
-                name: nn.Parameter(s.init(self.shapes[name]).float(), requires_grad=s.trained)
+                name: nn.Parameter(s.init(shapes[name]).float(), requires_grad=s.trained)
                 for name, s in spec.inputs.items()
                 if isinstance(s, Learned)
             }
         )
         self.norm_weight = nn.Parameter(torch.ones(config.value_dim)) if spec.norm else None
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+
+    def tensor_parts(self, ranks: int) -> dict[str, Part]:
+        """What heads own, for parallelize(tensor_parallel=...); from here on this is one rank's layer.
+
+        Parameters of inputs and learned inputs are heads' where their first dimension is a multiple of the heads.
+        """
+        heads, self.num_heads = self.num_heads, share(self.num_heads, ranks, "heads")
+        parts = {
+            "in_proj.weight": Part(0, (*self.convolved, *self.rest)),
+            "o_proj.weight": Part.even(self.o_proj.weight, 1, summed=True),
+        }
+        if self.conv_weight is not None:
+            parts["conv_weight"] = Part(0, tuple(self.convolved))
+        for owner in ("inputs", "learned"):
+            for name, parameter in self.get_submodule(owner).named_parameters():
+                if parameter.dim() and parameter.shape[0] % heads == 0:
+                    parts[f"{owner}.{name}"] = Part.even(parameter, 0)
+        self.convolved, self.rest = (
+            [(length // ranks if own else length, own) for length, own in stretches]
+            for stretches in (self.convolved, self.rest)
+        )
+        return parts
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]; with `cu_seqlens` (B = 1) the state restarts at every
@@ -104,7 +126,8 @@ class RecurrentMixer(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         projected = self.in_proj(x)
-        convolved, rest = projected.split([self.channels, sum(self.rest_widths)], dim=-1)
+        widths = [sum(_widths(self.convolved)), sum(_widths(self.rest))]
+        convolved, rest = projected.split(widths, dim=-1)
         return convolved, rest
 
     def _arguments(
@@ -113,7 +136,10 @@ class RecurrentMixer(nn.Module):
         """Every input of the recurrence, [B, T, H, *axes] or [H, *axes], and the output's gate."""
         if self.conv_weight is not None:
             convolved = short_conv(convolved, self.conv_weight, cu_seqlens, history)
-        parts = (*convolved.split(self.conv_widths, -1), *rest.split(self.rest_widths, -1))
+        parts = (
+            *convolved.split(_widths(self.convolved), -1),
+            *rest.split(_widths(self.rest), -1),
+        )
         arguments = {n: self.inputs[n](part) for n, part in zip(self.order, parts, strict=False)}
         arguments.update(self.learned.items())
         return arguments, parts[-1] if self.spec.gate else None
@@ -132,26 +158,30 @@ class RecurrentMixer(nn.Module):
         return y
 
 
+def _widths(stretches: list[tuple[int, bool]]) -> list[int]:
+    return [length for length, _ in stretches]
+
+
 class _TokenInput(nn.Module):
     """From its slice of the projection to one input of the recurrence."""
 
     def __init__(self, projected: Projected, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.shape, size = shape, math.prod(shape)
+        self.axes, size = shape[1:], math.prod(shape)
         self.up = nn.Linear(projected.rank, size, bias=False) if projected.rank else None
         self.bias = (
             None if projected.bias is None else nn.Parameter(torch.full((size,), projected.bias))
         )
-        functions = [f(shape) if isinstance(f, type) else f for f in projected.functions]
-        self.stateful = nn.ModuleList(f for f in functions if isinstance(f, nn.Module))
-        self.functions = functions
+        self.stateful = nn.ModuleList(f(shape) for f in projected.functions if isinstance(f, type))
+        self.functions = projected.functions
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.up is None else self.up(x)
         x = x if self.bias is None else x + self.bias.to(x.dtype)
-        x = x.unflatten(-1, self.shape)
+        x = x.unflatten(-1, (-1, *self.axes))
+        stateful = iter(self.stateful)
         for function in self.functions:
-            x = function(x)
+            x = next(stateful)(x) if isinstance(function, type) else function(x)
         return x
 
 

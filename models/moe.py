@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmoe_compiler.cuts import Part, share
 from lmoe_compiler.experts import dropped_rows, experts
 from lmoe_compiler.models.config import ModelConfig
 
@@ -59,6 +60,15 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = nn.Linear(hidden_size, 2 * size, bias=False)
         self.down_proj = nn.Linear(size, hidden_size, bias=False)
 
+    def tensor_parts(self, ranks: int) -> dict[str, Part]:
+        """What hidden channels own, for parallelize(tensor_parallel=...)."""
+        size = self.down_proj.weight.shape[1]
+        share(size, ranks, "channels of an MLP")
+        return {
+            "gate_up_proj.weight": Part(0, ((size, True), (size, True))),
+            "down_proj.weight": Part.even(self.down_proj.weight, 1, summed=True),
+        }
+
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         y: Tensor = self.down_proj(F.silu(gate) * up)
@@ -85,6 +95,15 @@ class SparseMoE(nn.Module):
             if config.shared_expert_size
             else None
         )
+
+    def tensor_parts(self, ranks: int) -> dict[str, Part]:
+        """What the experts' hidden channels own, for parallelize(tensor_parallel=...)."""
+        size = self.down.shape[2]
+        share(size, ranks, "channels of an expert")
+        return {
+            "gate_up": Part(1, ((size, True), (size, True))),
+            "down": Part.even(self.down, 2, summed=True),
+        }
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         rows = x.flatten(0, -2)

@@ -14,6 +14,7 @@ from lmoe_compiler.passes.overlap import Overlap
 from lmoe_compiler.passes.schedule import RaiseStarts
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
+from lmoe_compiler.passes.tensor_parallel import TensorParallel
 from lmoe_compiler.passes.verifier import Verifier
 from lmoe_compiler.runtime.mesh import Axis, axis_of
 
@@ -49,7 +50,9 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     sequence = _axis(options, _present(options.sequence_parallel))
     everyone = _axis(options, options.token_axes)
     experts = _axis(options, options.expert_axes)
-    rest = _axis(options, tuple(n for n in options.token_axes if n not in options.expert_axes))
+    heads = _axis(options, _present(options.tensor_parallel))
+    summed = _axis(options, options.summed_axes)
+    rest = _axis(options, tuple(n for n in options.summed_axes if n not in options.expert_axes))
     dim = options.sequence_dim
     if sequence:
         passes += [
@@ -64,15 +67,19 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     if options.expert_capacity is not None:
         # Before the two passes that replace expert blocks, because it looks for them.
         passes.append(CountDropped(options.expert_capacity, everyone))
+    if heads:
+        # Before the marks of expert blocks go, because their weights may be cut both ways.
+        passes.append(TensorParallel(heads, options.cuts))
     if experts:
         passes.append(ExpertParallel(experts, options.expert_capacity))
-    if everyone and options.sum_gradients:
+    if summed:
         # After ExpertParallel, which says whose weights are not replicated.
-        passes.append(SumGradients(everyone, rest if experts else everyone))
-    if everyone:
+        passes.append(SumGradients(summed, rest if experts else summed))
+    axis = everyone or heads
+    if axis:
         # It moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())
-        passes.append(Verifier(everyone, sequence=sequence is not None))
+        passes.append(Verifier(axis, sequence=sequence is not None))
         # Last: from here on a group's name is no longer its axis's.
         passes.append(Label())
     return tuple(passes)

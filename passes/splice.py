@@ -54,6 +54,19 @@ def layer_of(node: fx.Node) -> str:
     return clean(next((path for path, _ in reversed(list(modules.values()))), "")) or "model"
 
 
+def parameter_name(node: fx.Node) -> str | None:
+    """Name of the parameter that an input of the graph is, as named_parameters of the compiled module has it.
+
+    None for one that is reached otherwise: through a list, a closure.
+    """
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    text = str(name() if callable(name) else name)  # a method before torch 2.12
+    found = re.search(r"((?:\._modules\['[^']+'\])*)\._parameters\['([^']+)'\]$", text)
+    if found is None or "._modules[" in text[: found.start()]:
+        return None
+    return ".".join([*re.findall(r"\['([^']+)'\]", found[1]), found[2]])
+
+
 def clean(path: str) -> str:
     """Dynamo's "L['self'].layers['0'].mixer" -> "layers.0.mixer"."""
     words = re.sub(r"\['?(\w+)'?\]", r".\1", path).split(".")

@@ -46,6 +46,8 @@ COLLECTIVES = frozenset(
         capacity.combine,
         capacity.dropped_rows,
         collectives.sum_gradient,
+        collectives.sum_rows_gradient,
+        collectives.global_sum,
     }
 )
 

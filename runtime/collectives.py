@@ -67,6 +67,28 @@ class _SumGradient(torch.autograd.Function):
         return all_reduce(grad, ctx.group), None
 
 
+class _SumRowsGradient(torch.autograd.Function):
+    """Identity on a parameter of which ranks have some rows in common; their gradient is summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dim: int, spans: tuple[tuple[int, int], ...], group: str
+    ) -> Tensor:
+        ctx.dim, ctx.spans, ctx.group = dim, spans, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        rows = torch.cat([grad.narrow(ctx.dim, a, b - a) for a, b in ctx.spans], ctx.dim)
+        sums = all_reduce(rows, ctx.group).split([b - a for a, b in ctx.spans], ctx.dim)
+        parts, end = [], 0
+        for (a, b), total in zip(ctx.spans, sums, strict=True):
+            parts += [grad.narrow(ctx.dim, end, a - end), total]
+            end = b
+        parts.append(grad.narrow(ctx.dim, end, grad.shape[ctx.dim] - end))
+        return torch.cat(parts, ctx.dim), None, None, None
+
+
 def global_sum(x: Tensor, group: str) -> Tensor:
     """Forward: sum over ranks. Backward: identity, since every rank holds the same derivative of
     the one result.
@@ -77,3 +99,10 @@ def global_sum(x: Tensor, group: str) -> Tensor:
 def sum_gradient(x: Tensor, group: str) -> Tensor:
     """Forward: identity. Backward: sum over ranks."""
     return _SumGradient.apply(x, group)
+
+
+def sum_rows_gradient(
+    x: Tensor, dim: int, spans: tuple[tuple[int, int], ...], group: str
+) -> Tensor:
+    """Forward: identity. Backward: sum over ranks within `spans` (start, stop) of dimension `dim`."""
+    return _SumRowsGradient.apply(x, dim, spans, group)

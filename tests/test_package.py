@@ -24,7 +24,7 @@ MAPPED = ("models", "passes", "runtime")
 # From the bottom up: a module imports only from rows above its own, and from its own package.
 LAYERS = (
     ("errors",),
-    ("config", "dims", "flops"),
+    ("config", "cuts", "dims", "flops"),
     ("debug",),
     ("ir",),
     ("layout",),
@@ -47,6 +47,7 @@ LAYERS = (
     ("passes",),
     ("parallel",),
     ("backend",),
+    ("blocks",),
     ("explain",),
     ("models",),
     ("train", "bench", "dry_run"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from cases import CASES, Sizes, make_inputs
 from processes import run_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,7 +40,7 @@ def close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
     assert error < 2e-5, (name, float(error))
 
 
-def train(rank: int, size: int, experts: bool, packed: bool) -> None:
+def train(rank: int, size: int, experts: bool, packed: bool, inner: str = "aot_eager") -> None:
     """Three steps of the compiled model on this rank's tokens against the plain model on all of them."""
     torch.manual_seed(0)
     whole, model = LinearMoEForCausalLM(CONFIG), LinearMoEForCausalLM(CONFIG)
@@ -53,7 +54,7 @@ def train(rank: int, size: int, experts: bool, packed: bool) -> None:
         mesh=mesh,
         sequence_parallel="sp",
         expert_parallel="sp" if experts else None,
-        inner="aot_eager",
+        inner=inner,
     )
     steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, model)]
     share = LENGTH // size
@@ -115,6 +116,46 @@ def test_two_ranks_equal_one(experts: bool) -> None:
     run_processes(2, train, experts, True)
 
 
+# One of each kind of map: the identity, a scalar, a diagonal, rank-one changes (dense).
+KINDS = ("linear_attention", "simple_gla", "gla", "gated_delta_rule")
+DOCUMENTS = torch.tensor([0, 3, 3, 9, 14], dtype=torch.int32)
+
+
+def recurrence(rank: int, size: int, name: str, uneven: bool) -> None:
+    """One recurrence compiled over all ranks: outputs and the gradients of every input."""
+    case = next(case for case in CASES if case.name == name)
+    length = int(DOCUMENTS[-1]) if uneven else 16
+    lengths = [5, 2, 3, 4] if uneven else [4] * size
+    sizes = Sizes(B=1 if uneven else 2, T=length, H=3, K=4, V=3)
+    documents = DOCUMENTS if uneven else None
+    inputs = [x.float().requires_grad_() for x in make_inputs(case, sizes)[0].values()]
+    expected = case.recurrence(*inputs, cu_seqlens=documents)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+    grads = torch.autograd.grad((expected * weight).sum(), inputs)
+
+    def layer(*args: torch.Tensor | None) -> torch.Tensor:
+        *xs, cu_seqlens = args
+        return case.recurrence(*xs, cu_seqlens=cu_seqlens)
+
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sp",))
+    compiled = lmoe.compile(layer, mesh=mesh, sequence_parallel="sp", inner="eager")
+    mine = [x.detach().split(lengths, 1)[rank].clone().requires_grad_() for x in inputs]
+    o = compiled(*mine, documents)
+    close(o, expected.split(lengths, 1)[rank], name)
+    got = torch.autograd.grad((o * weight.split(lengths, 1)[rank]).sum(), mine)
+    for i, (x, grad) in enumerate(zip(got, grads, strict=True)):
+        close(x, grad.split(lengths, 1)[rank], f"{name}, gradient {i}")
+
+
+def four(rank: int, size: int) -> None:
+    """Everything on four ranks, in one set of processes."""
+    for name in KINDS:
+        for uneven in (False, True):
+            recurrence(rank, size, name, uneven)
+            torch._dynamo.reset()
+    train(rank, size, experts=True, packed=True, inner="eager")
+
+
 @pytest.mark.slow
 def test_four_ranks_equal_one() -> None:
-    run_processes(4, train, True, False)
+    run_processes(4, four)

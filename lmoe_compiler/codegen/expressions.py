@@ -110,8 +110,7 @@ class Expressions(Addresses):
         if node.op == "dot":
             computed = not all(self.is_load(bare(a)) for a in node.args)
             full = (self.kernel.tuning.full and computed) or any(map(self.kept_full, node.args))
-            left, right = operands
-            return self.dot(str(node["axis"]), left, right, full)
+            return self.dot(str(node["axis"]), operands[0], operands[1], full)
         if node.op in ("sum", "max"):
             return self.reduce(node, operands[0])
         if node.op == "index":
