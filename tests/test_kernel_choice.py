@@ -16,8 +16,9 @@ from lmoe_compiler.codegen import compiled, cost, fit, launch, run, stepping
 from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.config import Options
-from lmoe_compiler.errors import ImplementationUnavailable
+from lmoe_compiler.errors import FallbackWarning, ImplementationUnavailable
 from lmoe_compiler.layout import Spec
+from lmoe_compiler.lower.chunk import build
 from lmoe_compiler.models import RECURRENCES
 
 pytest.importorskip("triton")
@@ -62,16 +63,37 @@ def test_unsupported_calls_are_named_with_what_is_supported(name, axis, dtype, s
         implementation.choose("scan", recurrence.ir, specs, Options(implementation="triton"))
 
 
-@pytest.mark.parametrize("name", RECURRENCES)
-def test_auto_runs_every_recurrence_by_kernels_without_a_warning(name):
-    recurrence, lead = RECURRENCES[name], {"token": (2, 5, 4), "head": (4,)}
-    specs = [
+FUNCTIONS = ("scan", "scan_backward", "step", "step_", "span_map", "span_map_backward")
+
+
+def specs_of(recurrence) -> list[Spec]:
+    lead = {"token": (2, 5, 4), "head": (4,)}
+    return [
         Spec((*lead[v.kind], *(64 for _ in v.axes)), torch.bfloat16, torch.device("cuda"))
         for v in recurrence.inputs
     ]
-    for function in ("scan", "scan_backward", "step", "step_", "span_map", "span_map_backward"):
-        chosen = implementation.choose(function, recurrence.ir, specs, Options())
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECURRENCES.items() if build(r.ir)])
+def test_auto_runs_every_chunk_form_by_kernels_without_a_warning(name):
+    recurrence = RECURRENCES[name]
+    for function in FUNCTIONS:
+        chosen = implementation.choose(function, recurrence.ir, specs_of(recurrence), Options())
         assert chosen.__module__ == implementation.TRITON
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECURRENCES.items() if not build(r.ir)])
+def test_sequential_kernels_run_where_they_are_asked_for(name):
+    """They have not passed on a device: `auto` says so and takes torch."""
+    recurrence = RECURRENCES[name]
+    asked = Options(implementation="triton")
+    for function in FUNCTIONS:
+        chosen = implementation.choose(function, recurrence.ir, specs_of(recurrence), asked)
+        assert chosen.__module__ == implementation.TRITON
+    implementation._say_once.cache_clear()
+    with pytest.warns(FallbackWarning, match="have not passed their tests on a device"):
+        chosen = implementation.choose("scan", recurrence.ir, specs_of(recurrence), Options())
+    assert chosen.__module__ == implementation.TORCH
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def forms(case: Case) -> list[str]:
     program = case.recurrence.ir
     inputs, _ = make_inputs(case, dtype=torch.bfloat16)
     reason = kernels.unsupported(program, list(inputs.values()), Options())
+    reason = reason or kernels.unproved(program)
     try:
         chunk_program(program)
         map_axes(program)
