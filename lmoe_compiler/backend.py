@@ -18,10 +18,12 @@ from torch.nn import Module
 
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.debug import show
+from lmoe_compiler.errors import LmoeError
 from lmoe_compiler.parallel import follow_tokens
-from lmoe_compiler.passes import pipeline
+from lmoe_compiler.passes import axes, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
+from lmoe_compiler.runtime.agreement import give_up
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +44,12 @@ def lmoe_backend(
     graph = GraphRecord(record.texts, programs=_programs(gm))
     record.graphs.append(graph)
     show("fx", "graph of the model", lambda: readable(gm))
-    pipeline(chosen).run(gm, graph)
+    try:
+        pipeline(chosen).run(gm, graph)
+    except LmoeError as error:
+        for axis in dict.fromkeys(filter(None, axes(chosen))):
+            give_up(error, axis)
+        raise
     inner = INNER_COMPILERS[chosen.inner]
     return inner(gm, example_inputs, chosen, graph)
 

@@ -12,9 +12,9 @@ from lmoe_compiler.passes.overlap import Overlap
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.verifier import Verifier
-from lmoe_compiler.runtime.mesh import axis_of
+from lmoe_compiler.runtime.mesh import Axis, axis_of
 
-__all__ = ["GraphPass", "PassPipeline", "Record", "pipeline"]
+__all__ = ["GraphPass", "PassPipeline", "Record", "axes", "pipeline"]
 
 
 def pipeline(options: CompileOptions) -> PassPipeline:
@@ -29,11 +29,17 @@ def pipeline(options: CompileOptions) -> PassPipeline:
     return PassPipeline(passes, options.disable)
 
 
+def axes(options: CompileOptions) -> tuple[Axis | None, Axis | None]:
+    """The axis of the tokens and that of the experts. Their process groups are made at the first call."""
+    names = (options.sequence_parallel, options.expert_parallel)
+    tokens, experts = (axis_of(options.mesh, name) if name else None for name in names)
+    return tokens, experts
+
+
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes that make a graph one rank's part of a model."""
     passes: list[GraphPass] = []
-    names = (options.sequence_parallel, options.expert_parallel)
-    tokens, experts = (axis_of(options.mesh, name) if name else None for name in names)
+    tokens, experts = axes(options)
     if tokens:
         dim = options.sequence_dim
         passes += [
@@ -48,9 +54,9 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     if tokens and options.sum_gradients:
         # After ExpertParallel, which says whose weights are not replicated.
         passes.append(SumGradients(tokens, options.expert_parallel))
-    axis = tokens or experts
-    if axis:
+    if tokens or experts:
         # Last: it moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())
-        passes.append(Verifier(axis, sequence=tokens is not None))
+        sums = tokens is not None and options.sum_gradients
+        passes.append(Verifier(tokens, experts, options.sequence_dim, sums))
     return tuple(passes)

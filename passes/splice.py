@@ -40,6 +40,12 @@ def _value(node: fx.Node) -> Any:
     return node.meta["example_value"]
 
 
+def known_size(size: Any) -> int:
+    """A size as a number: of this compilation, where it is a symbol."""
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(size if hint is None else hint)
+
+
 def where(node: fx.Node) -> str:
     """The layer and the user's line of a node."""
     modules = node.meta.get("nn_module_stack") or {}

@@ -2,69 +2,134 @@
 
 state       every recurrence starts from exchanged states, every short convolution has its halo, every attention
             has everybody's keys and its queries' offset
-documents   where a layer was given cu_seqlens, its span map, state and offsets know them
-router      what chooses experts has a gradient: the weights of every expert block depend on a parameter
+documents   where a layer was given cu_seqlens it still is, and its span map, its map's resets, state and offsets
+            know them
+statistics  no sum, loss, count or position is left that knows this rank's tokens only; every collective talks over
+            its axis's group for that kind of traffic; replicated parameters have their gradients summed, experts not
+gradient    whatever a collective gives depends, for autograd, on each operand that has a gradient: the router's
+            weights at the combination of experts too
 order       `signature(gm)`: the collectives with their sizes, which must be equal on all ranks
+
+Sizes and order of what autograd makes of them are checked on the joint graph: adjoints.py.
 """
 
 from __future__ import annotations
 
-import hashlib
+import inspect
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lmoe_compiler.errors import WrongOnRanks
+from lmoe_compiler.passes import token_axis
+from lmoe_compiler.passes.gradients import is_parameter
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import layer_of
-from lmoe_compiler.passes.token_axis import operator
 from lmoe_compiler.runtime import collectives, dispatch, exchange, sequence
 from lmoe_compiler.runtime.agreement import agree
 from lmoe_compiler.runtime.mesh import Axis
 
-COLLECTIVES = frozenset(
-    {
-        exchange.start,
-        exchange.finish,
-        sequence.start_counts,
-        sequence.halo,
-        sequence.gather_keys_values,
-        sequence.tokens_to_heads,
-        sequence.heads_to_tokens,
-        sequence.sum_over_tokens,
-        sequence.mean_over_tokens,
-        sequence.cross_entropy,
-        dispatch.send,
-        dispatch.compute,
-        dispatch.combine,
-        collectives.sum_gradient,
-    }
-)
+# Every call that talks to other ranks, and the traffic whose process group it has to use.
+COLLECTIVES = {
+    exchange.start: "state",
+    exchange.finish: "state",
+    sequence.start_counts: "numbers",
+    sequence.halo: "tokens",
+    sequence.gather_keys_values: "tokens",
+    sequence.tokens_to_heads: "tokens",
+    sequence.heads_to_tokens: "tokens",
+    sequence.sum_over_tokens: "numbers",
+    sequence.mean_over_tokens: "numbers",
+    sequence.cross_entropy: "numbers",
+    dispatch.send: "experts",
+    dispatch.compute: "experts",
+    dispatch.combine: "experts",
+    collectives.sum_gradient: "numbers",
+}
 
 
 @dataclass(frozen=True)
 class Verifier:
-    """Checks the graph, and that all ranks of the axis have the same collectives in it."""
+    """Checks the graph, and that all ranks of both axes have the same collectives in it.
 
-    axis: Axis
-    sequence: bool
+    `tokens`: the axis over which the sequence is cut, `experts`: that of the experts. `sums`: whether gradients of
+    replicated parameters are summed in the graph.
+    """
+
+    tokens: Axis | None
+    experts: Axis | None
+    sequence_dim: int = 1
+    sums: bool = False
     name: str = "verifier"
     changes_numerics: bool = False
 
     def __call__(self, gm: fx.GraphModule) -> Report:
-        if self.sequence:
-            verify(gm)
-        agree(signature(gm), self.axis)
+        self.check(gm)
+        for axis in dict.fromkeys(axis for axis in (self.tokens, self.experts) if axis):
+            agree(signature(gm), axis)
         return Report(self.name)
+
+    def check(self, gm: fx.GraphModule) -> None:
+        """Raise WrongOnRanks at the first layer that would be wrong."""
+        if self.tokens:
+            verify(gm)
+            verify_statistics(gm, self.sequence_dim)
+        for node in gm.graph.nodes:
+            if token_axis.operator(node) == "experts" or node.target is dispatch.combine:
+                verify_router(node)
+            if node.target in COLLECTIVES:
+                self._group(node)
+                _gradient(node)
+        if self.sums:
+            self._parameters(gm)
+
+    def _group(self, node: fx.Node) -> None:
+        assert callable(node.target)
+        traffic = COLLECTIVES[node.target]  # type: ignore[index]
+        axis = self.experts if traffic == "experts" else self.tokens
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        if "group" not in bound.arguments:
+            return
+        given, right = bound.arguments["group"], axis and axis.groups[traffic]
+        if given != right:
+            _refuse(
+                node,
+                "talks to the wrong ranks",
+                f"its group is {given!r}, and {traffic} travel over {right!r}",
+            )
+
+    def _parameters(self, gm: fx.GraphModule) -> None:
+        shared = self.tokens is not None and self.tokens == self.experts
+        for node in gm.graph.nodes:
+            if node.op != "placeholder" or not is_parameter(node) or not node.users:
+                continue
+            summed = all(user.target is collectives.sum_gradient for user in node.users)
+            own = bool(node.meta.get("lmoe_experts")) and shared
+            if summed and own:
+                _refuse(
+                    node,
+                    "has its gradient summed",
+                    "experts of this rank have had the tokens of all ranks already",
+                )
+            if not summed and not own:
+                _refuse(
+                    node,
+                    "keeps a gradient of this rank's tokens",
+                    "it is replicated, and its gradient does not pass sum_gradient",
+                )
 
 
 def verify(gm: fx.GraphModule) -> None:
-    """Raise WrongOnRanks at the first layer that would be wrong when its sequence is cut over ranks."""
+    """Every layer that mixes tokens has what it needs from other ranks, and knows its documents."""
     for node in gm.graph.nodes:
-        name = operator(node)
+        name = token_axis.operator(node)
+        if node.meta.get("lmoe_documents") and token_axis.documents_of(node) is None:
+            _refuse(node, "has lost its documents", "it was given cu_seqlens, and no longer is")
         if name == "scan":
             _recurrence(node)
         elif name == "short_conv":
@@ -72,19 +137,42 @@ def verify(gm: fx.GraphModule) -> None:
             _document_offsets(node, 2, sequence.shifted_documents)
         elif name == "attention":
             _attention(node)
-        elif name == "experts" or node.target is dispatch.combine:
-            _router(node)
+        elif node.target is sequence.shift:
+            _needs(node, 1, sequence.halo, "the last tokens of the rank before")
+
+
+def verify_router(node: fx.Node) -> None:
+    """The weights of an expert block have a gradient where its tokens do."""
+    weights, *others = (n.meta["example_value"] for n in (node.args[1], node.args[0]))  # type: ignore[union-attr]
+    if any(x.requires_grad for x in others) and not weights.requires_grad:
+        _refuse(node, "has a router without a gradient", "its weights depend on no parameter")
+
+
+def verify_statistics(gm: fx.GraphModule, sequence_dim: int) -> None:
+    """What is left of the user's own nodes may not reduce over tokens, count them or number them."""
+    left = token_axis.analyse(gm, sequence_dim)
+    losses = [n for n in left.losses if not left.in_(n.meta["example_value"])]
+    for node in (*left.reductions, *left.counts, *losses):
+        _refuse(node, "is a number of this rank's tokens", "it is not reduced over the ranks")
+    for node in left.shifts:
+        _refuse(node, "lacks the last tokens of the rank before", "it shifts this rank's alone")
+    for node in left.positions:
+        if not all(_is_moved(user) for user in node.users):
+            _refuse(node, "counts from this rank's first token", "it lacks the shard's offset")
+
+
+def _is_moved(user: fx.Node) -> bool:
+    return user.target is operator.add and _comes_from(user.args[1], sequence.token_offset, 0)
 
 
 def signature(gm: fx.GraphModule) -> str:
-    """A hash of the collectives of a graph, in order, with the shapes of what they give."""
-    lines = [f"{node.target.__name__} {_shapes(node)}" for node in collectives_of(gm)]  # type: ignore[union-attr]
+    """A line for each collective of a graph, in order: layer, name, and the shapes of what it gives."""
+    lines = [f"{layer_of(n)} {n.target.__name__} {_shapes(n)}" for n in collectives_of(gm)]  # type: ignore[union-attr]
     # Symbols are numbered by each process as it likes.
     order: dict[str, str] = {}
-    text = re.sub(
+    return re.sub(
         r"\b[su]\d+\b", lambda m: order.setdefault(m[0], f"s{len(order)}"), "\n".join(lines)
     )
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def collectives_of(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -93,9 +181,12 @@ def collectives_of(gm: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _shapes(node: fx.Node) -> Any:
-    value = node.meta.get("example_value")
+    return [tuple(map(str, x.shape)) for x in _tensors(node.meta.get("example_value"))]
+
+
+def _tensors(value: Any) -> list[Tensor]:
     values = value if isinstance(value, tuple | list) else [value]
-    return [tuple(map(str, x.shape)) for x in values if isinstance(x, Tensor)]
+    return [x for x in values if isinstance(x, Tensor)]
 
 
 def _recurrence(node: fx.Node) -> None:
@@ -108,7 +199,16 @@ def _recurrence(node: fx.Node) -> None:
     _document_offsets(node, 3, sequence.local_documents)
     if not all(_comes_from(s, sequence.place) for s in states):
         _refuse(node, "gives every document the state of the rank before", "it is not placed")
-    if not all(_comes_from(s, sequence.last_document, depth=8) for s in states):
+    exchanged = next(n for s in states for n in _up(s, 3) if n.target is exchange.finish)
+    axes, summaries = exchanged.args[3], exchanged.args[1]
+    assert isinstance(axes, tuple)
+    assert isinstance(summaries, tuple | list)
+    maps, ends = summaries[: -len(axes)], summaries[-len(axes) :]
+    if len(maps) < len(axes) or not all(
+        isinstance(m, fx.Node) and m.target in (sequence.reset, sequence.reset_only) for m in maps
+    ):
+        _refuse(node, "passes states over document boundaries", "its maps are not reset")
+    if not all(_comes_from(e, sequence.last_document, depth=5) for e in ends):
         _refuse(node, "passes states over document boundaries", "its span map has no documents")
 
 
@@ -121,6 +221,40 @@ def _attention(node: fx.Node) -> None:
     for position in (1, 2):
         _needs(node, position, sequence.gather_keys_values, "keys and values of all ranks")
     _needs(node, 4, sequence.token_offset, "the place of its queries")
+
+
+def _gradient(node: fx.Node) -> None:
+    """Autograd gets from what the collective gives to each operand with a gradient."""
+    if node.target is exchange.start:
+        return  # finish() carries the gradient of what start() sends
+    functions = _autograd(node)
+    for operand in node.all_input_nodes:
+        for x in _tensors(operand.meta["example_value"]):
+            if x.requires_grad and not functions & _ends(x):
+                _refuse(
+                    node,
+                    f"gives no gradient to {operand.name}",
+                    "what it does is not differentiable",
+                )
+
+
+def _ends(x: Tensor) -> set[Any]:
+    """Where a gradient of x goes: its function, or what accumulates it."""
+    if x.grad_fn is not None:
+        return {x.grad_fn}
+    return {torch.autograd.graph.get_gradient_edge(x).node}
+
+
+def _autograd(node: fx.Node) -> set[Any]:
+    """All functions that a gradient of the node's results reaches."""
+    waiting = [x.grad_fn for x in _tensors(node.meta["example_value"]) if x.grad_fn is not None]
+    found: set[Any] = set(waiting)
+    while waiting:
+        for function, _ in waiting.pop().next_functions:
+            if function is not None and function not in found:
+                found.add(function)
+                waiting.append(function)
+    return found
 
 
 def _needs(node: fx.Node, position: int, source: Any, what: str) -> None:
@@ -137,21 +271,17 @@ def _document_offsets(node: fx.Node, position: int, source: Any) -> None:
         _refuse(node, "has offsets of the whole sequence", f"they did not pass {source.__name__}")
 
 
-def _router(node: fx.Node) -> None:
-    weights = node.args[1]
-    assert isinstance(weights, fx.Node)
-    if not weights.meta["example_value"].requires_grad:
-        _refuse(node, "has a router without a gradient", "its weights depend on no parameter")
-
-
 def _comes_from(value: object, source: Any, depth: int = 3) -> bool:
     """Whether a value is made by `source`, a few nodes up."""
+    return any(node.target is source for node in _up(value, depth))
+
+
+def _up(value: object, depth: int) -> Iterator[fx.Node]:
+    """The node, its operands, theirs, ..., nearest first."""
     level = {value} if isinstance(value, fx.Node) else set()
     for _ in range(depth + 1):
-        if any(node.target is source for node in level):
-            return True
+        yield from level
         level = {operand for node in level for operand in node.all_input_nodes}
-    return False
 
 
 def _refuse(node: fx.Node, what: str, why: str) -> None:

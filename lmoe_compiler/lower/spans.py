@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler import layout
-from lmoe_compiler.ir.nodes import Program, Step, Var, const
+from lmoe_compiler.ir.nodes import Program, Step, Var, const, make
 
 # (program, inputs, initial states) -> final states, and the gradients of the inputs from those of the final states.
 Finals = Callable[[Program, Sequence[Tensor], list[Tensor]], list[Tensor]]
@@ -27,6 +27,29 @@ def ends_program(program: Program) -> Program:
     """The recurrence without reads or output. No coefficient of a program with a span map is read from a state."""
     steps = tuple(item for item in program.body if isinstance(item, Step))
     return replace(program, body=steps, output=const(0))
+
+
+@cache
+def counted_program(program: Program) -> Program:
+    """The same with one more input, a number a token, which every write is multiplied by.
+
+    Where it is zero, a state that is zero stays zero, whatever decays and feedbacks do.
+    """
+    names = {var.name for var in (*program.inputs, *program.states)}
+    name = "counts"
+    while name in names:
+        name += "_"
+    counts = Var(name, "token", ())
+    ends = ends_program(program)
+    steps = tuple(
+        replace(
+            item,
+            writes=tuple(replace(w, value=make("mul", counts.node, w.value)) for w in item.writes),
+        )
+        for item in ends.body
+        if isinstance(item, Step)
+    )
+    return replace(ends, inputs=(*program.inputs, counts), body=steps)
 
 
 @cache
@@ -46,18 +69,20 @@ def map_program(program: Program, state: str, axes: tuple[str, ...]) -> Program:
 def span_map(
     program: Program, inputs: Sequence[Tensor], cu_seqlens: Tensor | None, finals: Finals
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """M per state, None for the identity, and E per state, of the last document's part of the span."""
-    tokens, whole = _last_document(program, inputs, cu_seqlens)
-    sizes = layout.measure(program, tokens, (), None)
+    """M per state, None for the identity, and E per state, of the last document's part of the span.
+
+    Where that document begins is compared with positions and never read: packed layouts cost no wait for the device.
+    """
+    sizes = layout.measure(program, inputs, (), None)
     maps: list[Tensor | None] = []
     for var, axes in zip(program.states, layout.map_axes(program), strict=True):
         maps.append(None)
         if axes is not None:
-            start = _identity(axes, sizes, tokens[0])
-            if whole:
-                (start,) = finals(map_program(program, var.name, axes), tokens, [start])
-            maps[-1] = start if whole else torch.zeros_like(start)
-    return maps, finals(ends_program(program), tokens, _zeros(program, sizes, tokens[0]))
+            start = _identity(axes, sizes, inputs[0])
+            (m,) = finals(map_program(program, var.name, axes), inputs, [start])
+            maps[-1] = _if_whole(m, cu_seqlens)
+    ends, tokens = _ends(program, inputs, cu_seqlens)
+    return maps, finals(ends, tokens, _zeros(program, sizes, inputs[0]))
 
 
 def span_map_backward(
@@ -69,39 +94,41 @@ def span_map_backward(
     pullback: Pullback,
 ) -> list[Tensor]:
     """Gradients of the inputs, zero before the last document."""
-    tokens, whole = _last_document(program, inputs, cu_seqlens)
-    sizes = layout.measure(program, tokens, (), None)
-    zeros = _zeros(program, sizes, tokens[0])
-    ends = [torch.zeros_like(z) if d is None else d for z, d in zip(zeros, d_ends, strict=True)]
-    grads = pullback(ends_program(program), tokens, zeros, ends)
+    sizes = layout.measure(program, inputs, (), None)
+    zeros = _zeros(program, sizes, inputs[0])
+    given = [torch.zeros_like(z) if d is None else d for z, d in zip(zeros, d_ends, strict=True)]
+    ends, tokens = _ends(program, inputs, cu_seqlens)
+    grads = pullback(ends, tokens, zeros, given)[: len(inputs)]
     for var, axes, d in zip(program.states, layout.map_axes(program), d_maps, strict=True):
-        if axes is not None and d is not None and whole:
-            start = _identity(axes, sizes, tokens[0])
-            parts = pullback(map_program(program, var.name, axes), tokens, [start], [d])
+        if axes is not None and d is not None:
+            start = _identity(axes, sizes, inputs[0])
+            d = _if_whole(d, cu_seqlens)
+            parts = pullback(map_program(program, var.name, axes), inputs, [start], [d])
             grads = [grad + part for grad, part in zip(grads, parts, strict=True)]
-    return [
-        grad
-        if grad.shape == x.shape
-        else torch.cat((x.new_zeros(x[:, : -grad.shape[1] or None].shape), grad), 1)
-        for x, grad in zip(inputs, grads, strict=True)
-    ]
+    return grads
 
 
-def _last_document(
+def _ends(
     program: Program, inputs: Sequence[Tensor], cu_seqlens: Tensor | None
-) -> tuple[list[Tensor], bool]:
-    """The inputs of the last document's tokens, and whether it fills the span.
+) -> tuple[Program, list[Tensor]]:
+    """What gives E from zeros, and its inputs: with documents, writes of the last one only."""
+    if cu_seqlens is None:
+        return ends_program(program), list(inputs)
+    like = inputs[layout.first_token(program)]
+    position = torch.arange(like.shape[1], device=like.device)
+    counts = (position >= cu_seqlens[-2]).to(like.dtype)
+    counts = counts[None, :, None].expand(like.shape[0], -1, 1)
+    return counted_program(program), [*inputs, counts]
+
+
+def _if_whole(m: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """M, or zero where a document begins inside the span: it has seen nothing of what came before.
 
     Documents without tokens ahead of it are no boundary: a shard's offsets have them.
     """
     if cu_seqlens is None:
-        return list(inputs), True
-    start = int(cu_seqlens[-2])
-    tokens = [
-        x[:, start:] if var.kind == "token" else x
-        for var, x in zip(program.inputs, inputs, strict=True)
-    ]
-    return tokens, start == 0
+        return m
+    return torch.where(cu_seqlens[-2] == 0, m, torch.zeros_like(m))
 
 
 def _identity(axes: tuple[str, ...], sizes: layout.Sizes, like: Tensor) -> Tensor:
