@@ -20,7 +20,7 @@ from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.debug import show
 from lmoe_compiler.errors import LmoeError
 from lmoe_compiler.parallel import follow_tokens
-from lmoe_compiler.passes import axes, pipeline
+from lmoe_compiler.passes import after_autograd, axes, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
 from lmoe_compiler.runtime.agreement import give_up
@@ -72,6 +72,9 @@ def _inductor(
     patches = {**(list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
     if chosen.after_aot:
         patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(chosen.after_aot), graph)
+    joint = after_autograd(chosen)
+    if joint.active:
+        patches["joint_custom_pre_pass"] = _for_inductor(joint, graph)
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
@@ -107,10 +110,14 @@ def _aot_eager(
         show("fx", f"{direction} after AOTAutograd", lambda: readable(aten))
         return make_boxed_func(aten.forward)
 
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        after_autograd(chosen).run(joint, graph)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
     compiler = aot_autograd(
         fw_compiler=partial(lowered, "forward"),
         bw_compiler=partial(lowered, "backward"),
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
         keep_inference_input_mutations=True,
     )
     return compiler(gm, example_inputs)

@@ -1,6 +1,7 @@
 """Stop 7 of the walk: the passes that a model's graph goes through, in their order."""
 
 from lmoe_compiler.config import CompileOptions
+from lmoe_compiler.passes.adjoints import Adjoints
 from lmoe_compiler.passes.base import GraphPass, PassPipeline, Record
 from lmoe_compiler.passes.canonicalize import Canonicalize
 from lmoe_compiler.passes.expert_parallel import ExpertParallel
@@ -14,7 +15,7 @@ from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.verifier import Verifier
 from lmoe_compiler.runtime.mesh import Axis, axis_of
 
-__all__ = ["GraphPass", "PassPipeline", "Record", "axes", "pipeline"]
+__all__ = ["GraphPass", "PassPipeline", "Record", "after_autograd", "axes", "pipeline"]
 
 
 def pipeline(options: CompileOptions) -> PassPipeline:
@@ -27,6 +28,14 @@ def pipeline(options: CompileOptions) -> PassPipeline:
         LowerExperts(),
     )
     return PassPipeline(passes, options.disable)
+
+
+def after_autograd(options: CompileOptions) -> PassPipeline:
+    """What looks at the joint graph of forward and backward."""
+    tokens, _ = axes(options)
+    spread = options.sequence_parallel or options.expert_parallel
+    groups = frozenset({tokens.groups["state"]} if tokens else ())
+    return PassPipeline((Adjoints(groups),) if spread else ())
 
 
 def axes(options: CompileOptions) -> tuple[Axis | None, Axis | None]:

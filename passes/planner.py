@@ -15,6 +15,7 @@ class Choice:
     """`schedule` is executed; `costs` has (bytes, seconds) of every schedule by name, `hidden` seconds of other work.
 
     `planned` is what was asked for, or the best of the model; it differs where exchange.py does not execute it yet.
+    `padded`: heads, and to how many they are padded.
     """
 
     schedule: str
@@ -22,6 +23,7 @@ class Choice:
     forced: bool
     costs: dict[str, tuple[float, float]]
     hidden: float = 0.0
+    padded: tuple[int, int] | None = None
 
     def exposed(self, name: str) -> float:
         """Seconds of a schedule in which nothing else runs."""
@@ -38,6 +40,8 @@ class Choice:
         if self.planned != self.schedule:
             what = "asked for" if self.forced else "cheaper"
             why = f"cheapest that runs; {self.planned} is {what}, and only planned so far"
+        if self.padded:
+            why += "; {} heads are padded to {}".format(*self.padded)
         return f"{cost(self.schedule)} ({why}; {others})"
 
 
@@ -48,17 +52,18 @@ def choose(
     map_: int,
     topology: Topology,
     *,
+    heads: int = 1,
     span: int | None = None,
     hidden: float = 0.0,
 ) -> Choice:
     """The schedule with the least exposed time, then the fewest bytes.
 
-    asked: "auto" or a schedule. state, map_: bytes of one rank's states and of their maps. span: over how many ranks a
-    document spans at most (None: all). hidden: seconds of work that can run meanwhile.
+    asked: "auto" or a schedule. state, map_: bytes of one rank's states and of their maps, of `heads` heads. span: over
+    how many ranks a document spans at most (None: all). hidden: seconds of work that can run meanwhile.
     """
     reach = ranks if span is None else min(span, ranks)
     costs = {
-        x.name: x.cost.at(topology, ranks, D=reach, s=float(state), m=float(map_))
+        x.name: x.cost.at(topology, ranks, D=reach, H=heads, s=float(state), m=float(map_))
         for x in SCHEDULES
     }
 
@@ -69,7 +74,9 @@ def choose(
     executed = [x.name for x in SCHEDULES if x.runs]
     planned = min(costs, key=merit) if asked == "auto" else asked
     schedule = planned if planned in executed else min(executed, key=merit)
-    return Choice(schedule, planned, asked != "auto", costs, hidden)
+    whole = -(-heads // ranks) * ranks
+    padded = (heads, whole) if schedule == "transpose" and whole != heads else None
+    return Choice(schedule, planned, asked != "auto", costs, hidden, padded)
 
 
 def topology_of(device_type: str) -> Topology:

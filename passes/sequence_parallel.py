@@ -106,6 +106,7 @@ class SequenceParallel:
             states,
             maps,
             topology,
+            heads=values[-1].shape[1],
             span=self.span,
             hidden=work_beside(gm, node) / topology.flops,
         )

@@ -5,7 +5,8 @@
 
 `keys`: every rank's queries meet everybody's keys, which travel as one tensor and are few under grouped heads; the
 backward is a reduce-scatter. `heads`: two kinds of even all-to-all, whole sequences of H/P heads; where P divides G.
-Both need as many tokens on every rank, and stop with an error where they are not. Notation: H query heads, G key-value heads, E head size, P ranks.
+Both need as many tokens on every rank, and stop with an error where they are not. Notation: H query heads, G key-value
+heads, E head size, P ranks.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def where(node: fx.Node) -> str:
 
 
 def layer_of(node: fx.Node) -> str:
-    """Path of the module that a node came from, as named_modules has it."""
-    modules = node.meta.get("nn_module_stack") or {}
+    """Path of the module that a node came from, as named_modules has it; for a backward, its forward's."""
+    modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return clean(next((path for path, _ in reversed(list(modules.values()))), "")) or "model"
 
 

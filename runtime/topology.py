@@ -1,8 +1,8 @@
 """How fast ranks talk to each other, and what collectives and state exchanges cost, as expressions.
 
 Symbols: P ranks of the axis, R of them in one node, D ranks over which a document spans at most; w bytes of a
-collective's operand; s bytes of all states of one rank (fp32), m bytes of their maps, n = s + m; a, b latency in
-seconds and bytes per second, inside a node (_in) and across (_x).
+collective's operand; s bytes of all states of one rank (fp32), m bytes of their maps, n = s + m, of H heads; a, b
+latency in seconds and bytes per second, inside a node (_in) and across (_x).
 Assumptions: one rank sends and receives at full speed at once; rings for gathers, rings or trees for all-reduce; an
 all-to-all costs three latencies inside a node and 1.5 us more a node across; no congestion, no other traffic.
 """
@@ -15,7 +15,7 @@ from functools import cache
 import sympy
 from sympy import Expr, Max, Min, ceiling, log
 
-P, R, D, w, s, m = sympy.symbols("P R D w s m", positive=True)
+P, R, D, H, w, s, m = sympy.symbols("P R D H w s m", positive=True)
 a_in, b_in, a_x, b_x = sympy.symbols("a_in b_in a_x b_x", positive=True)
 n = s + m
 nodes = P / R
@@ -77,14 +77,14 @@ class Cost:
         in_node = max(1, min(topology.ranks_per_node // stride, ranks))
         volume, seconds = _numbers(self, in_node == ranks)
         links = (*topology.inside, *topology.across)
-        given = [float(values.get(str(x), 0.0)) for x in (D, w, s, m)]
+        given = [float(values.get(str(x), 0.0)) for x in (D, H, w, s, m)]
         return tuple(float(f(ranks, in_node, *given, *links)) for f in (volume, seconds))  # type: ignore[return-value]
 
 
 @cache
 def _numbers(cost: Cost, inside: bool) -> tuple[object, ...]:
     """Volume and time as Python functions: substituting into expressions takes milliseconds."""
-    symbols = (P, R, D, w, s, m, a_in, b_in, a_x, b_x)
+    symbols = (P, R, D, H, w, s, m, a_in, b_in, a_x, b_x)
     time = cost.inside if inside else cost.across
     return tuple(sympy.lambdify(symbols, x, "math") for x in (cost.volume, time))
 
@@ -121,7 +121,7 @@ COLLECTIVES = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """A way to exchange states, and its cost in s, m, P, R and D."""
+    """A way to exchange states, and its cost in s, m, H, P, R and D."""
 
     name: str
     runs: bool  # whether exchange.py executes it, or it is in the model only
@@ -129,18 +129,21 @@ class Schedule:
 
 
 _even, _hops = COLLECTIVES["all_to_all"], Min(P, D) - 1
-_rounds = 1 + ceiling(log(nodes, 2))
+# Heads are padded to a multiple of the ranks that fold them.
+_over_P, _over_R = P * ceiling(H / P) / H, R * ceiling(H / R) / H
+# A shift and a logarithmic scan, where there is more than one node.
+_rounds = ceiling(Min(1, nodes - 1)) * (1 + ceiling(log(nodes, 2)))
 _inside = Cost(
-    (n + s) * (R - 1) / R,
-    2 * 3 * a_in + (n + s) * (P - 1) / P / b_in,
-    2 * 3 * a_in + (n + s) * (R - 1) / R / b_in,
+    _over_R * (n + s) * (R - 1) / R,
+    2 * 3 * a_in + _over_R * (n + s) * (R - 1) / R / b_in,
+    2 * 3 * a_in + _over_R * (n + s) * (R - 1) / R / b_in,
 )
 
 SCHEDULES = (
     # Everybody gets all maps and folds them (LASP-2).
     Schedule("all_gather", True, COLLECTIVES["all_gather"].of(n)),
     # Maps to the rank that folds their heads, states back.
-    Schedule("transpose", True, _even.of(n) + _even.of(s)),
+    Schedule("transpose", True, _even.of(_over_P * n) + _even.of(_over_P * s)),
     # Each rank waits for the one before it (LASP-1). A document that spans D ranks needs D - 1 hops.
     Schedule(
         "ring",
@@ -151,6 +154,11 @@ SCHEDULES = (
     Schedule(
         "hierarchical",
         False,
-        _inside + Cost(_rounds * n / R, sympy.Integer(0), _rounds * (a_x + n / R / b_x)),
+        _inside
+        + Cost(
+            _rounds * _over_R * n / R,
+            sympy.Integer(0),
+            _rounds * (a_x + _over_R * n / R / b_x),
+        ),
     ),
 )
