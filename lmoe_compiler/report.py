@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lmoe_compiler.dry_run import PRESETS, command
+from lmoe_compiler.dry_run import command
+from lmoe_compiler.dry_run.presets import PRESETS
 from lmoe_compiler.explain import explain
 from lmoe_compiler.models import RECURRENCES
 from lmoe_compiler.models.config import ModelConfig

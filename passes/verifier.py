@@ -6,7 +6,7 @@ documents   where a layer was given cu_seqlens it still is, and its span map, it
             know them
 statistics  no sum, loss, count or position is left that knows this rank's tokens only; every collective talks over
             its axis's group for that kind of traffic; replicated parameters have their gradients summed, experts not
-gradient    whatever a collective gives depends, for autograd, on each operand that has a gradient: the router's
+gradient    what a pass has put in gives, for autograd, a gradient to each operand that has one: to the router's
             weights at the combination of experts too
 order       `signature(gm)`: the collectives with their sizes, which must be equal on all ranks
 
@@ -52,6 +52,9 @@ COLLECTIVES = {
     collectives.sum_gradient: "numbers",
 }
 
+# finish() carries the gradient of what start() sends, and of an end only the shape is used.
+NO_GRADIENT = frozenset({exchange.start, sequence.reset_only})
+
 
 @dataclass(frozen=True)
 class Verifier:
@@ -79,14 +82,15 @@ class Verifier:
         if self.tokens:
             verify(gm)
             verify_statistics(gm, self.sequence_dim)
+        if self.sums:
+            self._parameters(gm)
         for node in gm.graph.nodes:
             if token_axis.operator(node) == "experts" or node.target is dispatch.combine:
                 verify_router(node)
             if node.target in COLLECTIVES:
                 self._group(node)
+            if "lmoe" in node.meta and node.op.startswith("call"):
                 _gradient(node)
-        if self.sums:
-            self._parameters(gm)
 
     def _group(self, node: fx.Node) -> None:
         assert callable(node.target)
@@ -224,17 +228,18 @@ def _attention(node: fx.Node) -> None:
 
 
 def _gradient(node: fx.Node) -> None:
-    """Autograd gets from what the collective gives to each operand with a gradient."""
-    if node.target is exchange.start:
-        return  # finish() carries the gradient of what start() sends
-    functions = _autograd(node)
+    """Autograd gets from what the node gives to each operand with a gradient."""
+    given = _tensors(node.meta["example_value"])
+    if node.target in NO_GRADIENT or not any(x.is_floating_point() for x in given):
+        return
+    functions = _autograd(given)
     for operand in node.all_input_nodes:
         for x in _tensors(operand.meta["example_value"]):
             if x.requires_grad and not functions & _ends(x):
                 _refuse(
                     node,
                     f"gives no gradient to {operand.name}",
-                    "what it does is not differentiable",
+                    "what the pass does there is not differentiable",
                 )
 
 
@@ -245,9 +250,9 @@ def _ends(x: Tensor) -> set[Any]:
     return {torch.autograd.graph.get_gradient_edge(x).node}
 
 
-def _autograd(node: fx.Node) -> set[Any]:
-    """All functions that a gradient of the node's results reaches."""
-    waiting = [x.grad_fn for x in _tensors(node.meta["example_value"]) if x.grad_fn is not None]
+def _autograd(values: list[Tensor]) -> set[Any]:
+    """All functions that a gradient of the values reaches."""
+    waiting = [x.grad_fn for x in values if x.grad_fn is not None]
     found: set[Any] = set(waiting)
     while waiting:
         for function, _ in waiting.pop().next_functions:
