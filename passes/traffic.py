@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from lmoe_compiler.passes.splice import known_size, layer_of
 
-KINDS = {
+KINDS: dict[object, str] = {
     torch.ops._c10d_functional.all_gather_into_tensor.default: "all_gather",
     torch.ops._c10d_functional.reduce_scatter_tensor.default: "reduce_scatter",
     torch.ops._c10d_functional.all_reduce.default: "all_reduce",
@@ -38,23 +39,24 @@ class Collective:
 
 
 def collectives(nodes: Iterable[fx.Node]) -> Iterator[Collective]:
-    """Those among the nodes, in order. An uneven all-to-all with one neighbour is of kind "neighbour"."""
-    rows: dict[object, int] = {}
+    """Those among the nodes, in order."""
     for node in nodes:
-        if node.target not in KINDS:
-            continue
-        kind, given = KINDS[node.target], node.args[0]
-        assert isinstance(given, fx.Node)
-        value = (node if kind == "reduce_scatter" else given).meta["val"]
-        operand = num_bytes(value)
-        if kind == "all_to_all" and operand is not None:
-            # To experts. As many rows come back, and in the mean as many go through this rank's experts.
-            rows |= dict.fromkeys(splits(node), known_size(value.shape[0]))
-        elif kind == "all_to_all":
-            operand = rows.get(splits(node)[1], 0) * (num_bytes(value[0]) or 0.0)
-        if kind == "all_to_all" and _one_neighbour(node.args[1]):
-            kind = "neighbour"
-        yield Collective(node, kind, str(node.args[-1]), operand or 0.0)
+        kind = kind_of(node.target, node.args)
+        if kind:
+            args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+            operand = operand_of(kind, args, node.meta["val"])
+            yield Collective(node, kind, str(node.args[-1]), operand)
+
+
+def kind_of(target: object, args: Any) -> str:
+    """The kind of a call, "" for no collective. An uneven all-to-all with one neighbour is of kind "neighbour"."""
+    kind = KINDS.get(target, "")
+    return "neighbour" if kind == "all_to_all" and _one_neighbour(args[1]) else kind
+
+
+def operand_of(kind: str, args: Any, out: Any) -> float:
+    """w in bytes; 0 where only the data knows."""
+    return num_bytes(out if kind == "reduce_scatter" else args[0]) or 0.0
 
 
 def num_bytes(value: Tensor) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "kernels": "forward and backward on the grid of shapes; --against fla",
+    "schedules": "state exchanges of sequence parallelism on gloo processes, beside plain gathers",
     "resources": "registers, spills and shared memory of kernels compiled for sm_90, without a GPU",
     "tune": "search plans, check their numbers, write the table that the package ships",
 }
