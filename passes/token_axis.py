@@ -104,7 +104,7 @@ def operator(node: fx.Node) -> str | None:
 
 def documents_of(node: fx.Node) -> object:
     """The `cu_seqlens` argument of a marked op, None where there is none."""
-    packet = getattr(node.target, "overloadpacket", node.target)
+    packet: Any = getattr(node.target, "overloadpacket", node.target)
     names = [argument.name for argument in packet.default._schema.arguments]
     if "cu_seqlens" not in names:
         return None

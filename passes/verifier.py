@@ -94,7 +94,7 @@ class Verifier:
 
     def _group(self, node: fx.Node) -> None:
         assert callable(node.target)
-        traffic = COLLECTIVES[node.target]  # type: ignore[index]
+        traffic = COLLECTIVES[node.target]
         axis = self.experts if traffic == "experts" else self.tokens
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
         if "group" not in bound.arguments:

@@ -9,6 +9,7 @@ all-to-all costs three latencies inside a node and 1.5 us more a node across; no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -78,11 +79,12 @@ class Cost:
         volume, seconds = _numbers(self, in_node == ranks)
         links = (*topology.inside, *topology.across)
         given = [float(values.get(str(x), 0.0)) for x in (D, H, w, s, m)]
-        return tuple(float(f(ranks, in_node, *given, *links)) for f in (volume, seconds))  # type: ignore[return-value]
+        numbers = (ranks, in_node, *given, *links)
+        return float(volume(*numbers)), float(seconds(*numbers))
 
 
 @cache
-def _numbers(cost: Cost, inside: bool) -> tuple[object, ...]:
+def _numbers(cost: Cost, inside: bool) -> tuple[Callable[..., float], ...]:
     """Volume and time as Python functions: substituting into expressions takes milliseconds."""
     symbols = (P, R, D, H, w, s, m, a_in, b_in, a_x, b_x)
     time = cost.inside if inside else cost.across

@@ -31,7 +31,7 @@ class Sizes:
 
     def _learn(self, node: fx.Node) -> None:
         """Rows that are sent are known; those that arrive, and go back, are as many."""
-        if KINDS.get(node.target) != "all_to_all":  # type: ignore[arg-type]
+        if KINDS.get(node.target) != "all_to_all":
             return
         (given, *_) = (n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
         sent, got = given.meta["val"].shape[0], node.meta["val"].shape[0]
