@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.debug import show
-from lmoe_compiler.errors import LmoeError
+from lmoe_compiler.errors import LmoeError, RanksDisagree
 from lmoe_compiler.parallel import follow_tokens
 from lmoe_compiler.passes import after_autograd, axes, pipeline
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
@@ -46,6 +46,8 @@ def lmoe_backend(
     show("fx", "graph of the model", lambda: readable(gm))
     try:
         pipeline(chosen).run(gm, graph)
+    except RanksDisagree:
+        raise
     except LmoeError as error:
         for axis in dict.fromkeys(filter(None, axes(chosen))):
             give_up(error, axis)

@@ -14,7 +14,7 @@ from itertools import zip_longest
 
 import torch.distributed as dist
 
-from lmoe_compiler.errors import WrongOnRanks
+from lmoe_compiler.errors import RanksDisagree
 from lmoe_compiler.runtime.mesh import Axis
 
 _compiled: Counter[str] = Counter()
@@ -37,14 +37,14 @@ def agree(text: str, axis: Axis, seconds: float = 120.0) -> None:
         try:
             store.wait([key], timedelta(seconds=seconds))
         except dist.DistStoreError as error:
-            raise WrongOnRanks(
+            raise RanksDisagree(
                 f"rank {rank} of axis {axis.name!r} did not compile graph {graph} in {seconds:.0f} s",
                 why="every rank has to compile the same graphs in the same order",
                 try_="the same model, options and kinds of inputs on all ranks",
             ) from error
         found = store.get(key).decode()
         if found.startswith(_FAILED):
-            raise WrongOnRanks(
+            raise RanksDisagree(
                 f"rank {rank} of axis {axis.name!r} could not compile graph {graph}",
                 why=found.removeprefix(_FAILED),
                 try_="what its own error says",
@@ -68,7 +68,7 @@ def compare(texts: Mapping[int, str], axis: str, graph: int = 0) -> None:
     for rank, text in others:
         for ours, theirs in zip_longest(expected.splitlines(), text.splitlines(), fillvalue="none"):
             if ours != theirs:
-                raise WrongOnRanks(
+                raise RanksDisagree(
                     f"ranks {first} and {rank} of axis {axis!r} compiled different collectives",
                     where=f"graph {graph}: {ours}   against   {theirs}",
                     why="they would wait for each other for ever",
