@@ -1,4 +1,4 @@
-"""A dry run as a picture: lanes in time. Above the whole step, below its first layers."""
+"""A dry run as a picture: lanes in time. Above the whole step, below the forward of its first layers."""
 
 from __future__ import annotations
 
@@ -42,11 +42,13 @@ def draw(name: str, setting: Setting, replayed: Replay, path: Path) -> None:
     whole.set_title(
         f"one step: {end:.1f} ms, of which {exposed:.1f} ms wait for other ranks", fontsize=9
     )
-    shown = len(setting.config.layer_pattern)
+    # The first run of equal layers: others can take a thousand times as long.
+    letters = setting.config.letters
+    shown = len(letters) - len(letters.lstrip(letters[0]))
     start, stop = _stretch(replayed, shown)
     zoomed.set_xlim(start, stop)
     _name_layers(zoomed, setting, replayed, shown)
-    zoomed.set_title(f"the forward of layers 0 to {shown - 1}", fontsize=9)
+    zoomed.set_title(f"the forward of the first {shown} layers", fontsize=9)
     kinds = [Patch(color=SHADES[i], label=f"layer {k}") for i, k in enumerate(setting.kinds)]
     rest = [
         Patch(color=ELSEWHERE, label="outside of layers"),
