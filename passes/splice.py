@@ -40,6 +40,12 @@ def _value(node: fx.Node) -> Any:
     return node.meta["example_value"]
 
 
+def known_size(size: Any) -> int:
+    """A size as a number: of this compilation, where it is a symbol."""
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(size if hint is None else hint)
+
+
 def where(node: fx.Node) -> str:
     """The layer and the user's line of a node."""
     modules = node.meta.get("nn_module_stack") or {}
@@ -49,8 +55,8 @@ def where(node: fx.Node) -> str:
 
 
 def layer_of(node: fx.Node) -> str:
-    """Path of the module that a node came from, as named_modules has it."""
-    modules = node.meta.get("nn_module_stack") or {}
+    """Path of the module that a node came from, as named_modules has it; for a backward, its forward's."""
+    modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return clean(next((path for path, _ in reversed(list(modules.values()))), "")) or "model"
 
 
