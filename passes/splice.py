@@ -100,11 +100,15 @@ class Editor:
 
     def refresh(self, node: fx.Node) -> None:
         """Compute a node's fake value (again, where its operands have changed)."""
+        node.meta["example_value"] = self.value(node)
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node gives for its operands' fake values, as they are now."""
         # Sizes that only the data knows (splits of an all-to-all) are made again by AOTAutograd.
         shapes = self.mode.shape_env if self.mode else None
         fresh = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
         with self.mode or contextlib.nullcontext(), fresh:
-            node.meta["example_value"] = run(node)
+            return run(node)
 
     def data(self, name: str, value: Tensor) -> fx.Node:
         """A tensor that differs between ranks, as a buffer: the only way in which a rank enters a

@@ -31,7 +31,7 @@ from lmoe_compiler.passes import token_axis
 from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.gradients import is_parameter
 from lmoe_compiler.passes.report import Report
-from lmoe_compiler.passes.splice import known_size, layer_of
+from lmoe_compiler.passes.splice import Editor, known_size, layer_of
 from lmoe_compiler.runtime import capacity, collectives, dispatch, exchange, sequence
 from lmoe_compiler.runtime.agreement import agree, give_up
 
@@ -265,18 +265,28 @@ def _attention(node: fx.Node) -> None:
 
 def _gradient(node: fx.Node) -> None:
     """Autograd gets from what the node gives to each operand with a gradient."""
-    given = _tensors(node.meta["example_value"])
-    if node.target in NO_GRADIENT or not any(x.is_floating_point() for x in given):
+    given = node.meta["example_value"]
+    if node.target in NO_GRADIENT or not any(x.is_floating_point() for x in _tensors(given)):
         return
-    functions = _autograd(given)
-    for operand in node.all_input_nodes:
-        for x in _tensors(operand.meta["example_value"]):
-            if x.requires_grad and not functions & _ends(x):
-                _refuse(
-                    node,
-                    f"gives no gradient to {operand.name}",
-                    "what the pass does there is not differentiable",
-                )
+    if _unreached(node, given):
+        # A later pass may have put something between an operand and it: then its value is an old one.
+        for operand in _unreached(node, Editor(node.graph.owning_module, "verifier").value(node)):
+            _refuse(
+                node,
+                f"gives no gradient to {operand.name}",
+                "what the pass does there is not differentiable",
+            )
+
+
+def _unreached(node: fx.Node, given: Any) -> list[fx.Node]:
+    """Operands with a gradient that none of what the node gives leads to."""
+    functions = _autograd(_tensors(given))
+    return [
+        operand
+        for operand in node.all_input_nodes
+        for x in _tensors(operand.meta["example_value"])
+        if x.requires_grad and not functions & _ends(x)
+    ]
 
 
 def _ends(x: Tensor) -> set[Any]:
