@@ -38,16 +38,17 @@ the cheapest schedule that runs; softmax layers by heads where ranks divide them
 
 @dataclass(frozen=True)
 class Point:
-    """One step: seconds, of which exposed; tokens per second and rank; peak memory in bytes."""
+    """One step: seconds, of which exposed; tokens per second and rank; peak memory in bytes.
+
+    `recurrences`: seconds of it in recurrent layers with their experts; nothing in them grows with the sequence.
+    """
 
     ranks: int
     length: int
     seconds: float
     exposed: float
     memory: float
-    recurrences: (
-        float  # seconds of the step in recurrent layers, in which nothing grows with the sequence
-    )
+    recurrences: float
 
     @property
     def rate(self) -> float:
