@@ -103,7 +103,7 @@ class Verifier:
             if token_axis.operator(node) == "experts" or node.target in COMBINES:
                 verify_router(node)
             if "lmoe" in node.meta and node.op.startswith("call"):
-                _gradient(node)
+                _gradient(gm, node)
 
     def _group(self, node: fx.Node) -> None:
         assert callable(node.target)
@@ -263,14 +263,14 @@ def _attention(node: fx.Node) -> None:
     _needs(node, 4, sequence.token_offset, "the place of its queries")
 
 
-def _gradient(node: fx.Node) -> None:
+def _gradient(gm: fx.GraphModule, node: fx.Node) -> None:
     """Autograd gets from what the node gives to each operand with a gradient."""
     given = node.meta["example_value"]
     if node.target in NO_GRADIENT or not any(x.is_floating_point() for x in _tensors(given)):
         return
     if _unreached(node, given):
         # A later pass may have put something between an operand and it: then its value is an old one.
-        for operand in _unreached(node, Editor(node.graph.owning_module, "verifier").value(node)):
+        for operand in _unreached(node, Editor(gm, "verifier").value(node)):
             _refuse(
                 node,
                 f"gives no gradient to {operand.name}",
