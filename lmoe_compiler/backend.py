@@ -19,10 +19,13 @@ from torch.nn import Module
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.cuts import cuts_of
 from lmoe_compiler.debug import show
+from lmoe_compiler.errors import LmoeError, RanksDisagree
 from lmoe_compiler.parallel import check_cuts, follow_tokens
-from lmoe_compiler.passes import after_aot, pipeline
+from lmoe_compiler.passes import after_aot, after_autograd, pipeline
+from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
 from lmoe_compiler.passes.match import find
+from lmoe_compiler.runtime.agreement import give_up
 from lmoe_compiler.runtime.mesh import lookup_only
 
 P = ParamSpec("P")
@@ -48,8 +51,15 @@ def lmoe_backend(
     record.graphs.append(graph)
     show("fx", "graph of the model", lambda: readable(gm))
     with lookup_only():
-        passes = pipeline(chosen)
-    passes.run(gm, graph)
+        passes, axes = pipeline(chosen), Axes.of(chosen)
+    try:
+        passes.run(gm, graph)
+    except RanksDisagree:
+        raise
+    except LmoeError as error:
+        for axis in axes.agreeing:
+            give_up(error, axis)
+        raise
     inner = INNER_COMPILERS[chosen.inner]
     return inner(gm, example_inputs, chosen, graph)
 
@@ -71,9 +81,12 @@ def _inductor(
 
     mode = list_mode_options(chosen.mode) if chosen.mode else {}
     patches = {**mode, **(KEEP_ORDER if chosen.token_axes else {}), **chosen.inductor}
-    late = after_aot(chosen)
-    if late:
-        patches["post_grad_custom_pre_pass"] = _for_inductor(PassPipeline(late), graph)
+    for place, passes in (
+        ("joint_custom_pre_pass", after_autograd(chosen)),
+        ("post_grad_custom_pre_pass", after_aot(chosen)),
+    ):
+        if passes:
+            patches[place] = _for_inductor(PassPipeline(passes), graph)
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
@@ -109,10 +122,14 @@ def _aot_eager(
         show("fx", f"{direction} after AOTAutograd", lambda: readable(aten))
         return make_boxed_func(aten.forward)
 
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        PassPipeline(after_autograd(chosen)).run(joint, graph)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
     compiler = aot_autograd(
         fw_compiler=partial(lowered, "forward"),
         bw_compiler=partial(lowered, "backward"),
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
         keep_inference_input_mutations=True,
     )
     return compiler(gm, example_inputs)

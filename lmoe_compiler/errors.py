@@ -207,3 +207,7 @@ class CollectiveFailed(LmoeError, RuntimeError):
 
 class WrongOnRanks(LmoeError, RuntimeError):
     """The verifier found a layer that would be wrong on a cut sequence, or ranks that would not agree."""
+
+
+class RanksDisagree(WrongOnRanks):
+    """Ranks compared what they compiled, and it differs, or one of them has nothing to compare."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lmoe_compiler import dry_run
+from lmoe_compiler.dry_run import command
+from lmoe_compiler.dry_run.presets import PRESETS
 from lmoe_compiler.explain import explain
 from lmoe_compiler.models import RECURRENCES
 from lmoe_compiler.models.config import ModelConfig
@@ -18,8 +19,8 @@ _MODEL = "model"
 
 def main(argv: Sequence[str]) -> int:
     """Print the stages of one recurrence, or of a small model's forward and backward; or a dry run."""
-    if any(argument.startswith("--ranks") for argument in argv):
-        return dry_run.main(argv)
+    if any(argument in PRESETS or argument.startswith("--ranks") for argument in argv):
+        return command.main(argv)
     names = ", ".join(sorted(RECURRENCES))
     parser = argparse.ArgumentParser(
         prog="lmoe explain", description=__doc__, epilog=f"recurrences: {names}"

@@ -58,6 +58,18 @@ def causal_taps(
 _LIBRARY.impl("short_conv", causal_taps, "CompositeImplicitAutograd")
 
 
+def token_shift(
+    x: Tensor, cu_seqlens: Tensor | None = None, history: Tensor | None = None
+) -> Tensor:
+    """The token before each token: x [B, T, C] -> y[t] = x[t-1], zero where a document begins.
+
+    RWKV mixes both, `x + mu * (token_shift(x) - x)` (Peng et al. 2023, arXiv 2305.13048, eq. 11). It is a short
+    convolution whose one tap looks back, so passes know it by that mark. `history` [B, 1, C] as in `causal_taps`.
+    """
+    looks_back = torch.arange(1, -1, -1, device=x.device).to(x.dtype)
+    return short_conv(x, looks_back.expand(x.shape[-1], 2), cu_seqlens, history)
+
+
 def last_tokens(x: Tensor, taps: int, cu_seqlens: Tensor) -> Tensor:
     """`history` after each packed document of x [1, T, C]: [N, W-1, C], zero-padded."""
     ends, starts = cu_seqlens[1:].long(), cu_seqlens[:-1].long()

@@ -1,6 +1,8 @@
 """Stop 7 of the walk: the passes that a model's graph goes through, in their order."""
 
 from lmoe_compiler.config import CompileOptions
+from lmoe_compiler.passes.adjoints import Adjoints
+from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.base import GraphPass, PassPipeline, Record
 from lmoe_compiler.passes.canonicalize import Canonicalize
 from lmoe_compiler.passes.dropped import CountDropped
@@ -16,9 +18,8 @@ from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.tensor_parallel import TensorParallel
 from lmoe_compiler.passes.verifier import Verifier
-from lmoe_compiler.runtime.mesh import Axis, axis_of
 
-__all__ = ["GraphPass", "PassPipeline", "Record", "after_aot", "pipeline"]
+__all__ = ["GraphPass", "PassPipeline", "Record", "after_aot", "after_autograd", "pipeline"]
 
 
 def pipeline(options: CompileOptions) -> PassPipeline:
@@ -30,14 +31,26 @@ def pipeline(options: CompileOptions) -> PassPipeline:
         # After the parallel passes, which replace the marks of layers that are spread over ranks by their own form.
         LowerExperts(options.expert_capacity),
     )
-    late = [p.name for p in _late(options)]
-    return PassPipeline(passes, tuple(name for name in options.disable if name not in late))
+    later = [p.name for p in (*_joint(options), *_late(options))]
+    return PassPipeline(passes, tuple(name for name in options.disable if name not in later))
+
+
+def after_autograd(options: CompileOptions) -> tuple[GraphPass, ...]:
+    """The passes for the joint graph of forward and backward, before it is cut in two."""
+    return tuple(p for p in _joint(options) if p.name not in options.disable)
 
 
 def after_aot(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes for the forward and backward graphs that AOTAutograd makes: ours, then the caller's."""
     ours = (p for p in _late(options) if p.name not in options.disable)
     return (*ours, *options.after_aot)
+
+
+def _joint(options: CompileOptions) -> tuple[GraphPass, ...]:
+    if not options.token_axes:
+        return ()
+    sequence = Axes.of(options).sequence
+    return (Adjoints(frozenset({sequence.groups["state"]} if sequence else ())),)
 
 
 def _late(options: CompileOptions) -> tuple[GraphPass, ...]:
@@ -47,13 +60,8 @@ def _late(options: CompileOptions) -> tuple[GraphPass, ...]:
 def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     """The passes that make a graph one rank's part of a model."""
     passes: list[GraphPass] = []
-    sequence = _axis(options, _present(options.sequence_parallel))
-    everyone = _axis(options, options.token_axes)
-    experts = _axis(options, options.expert_axes)
-    heads = _axis(options, _present(options.tensor_parallel))
-    summed = _axis(options, options.summed_axes)
-    rest = _axis(options, tuple(n for n in options.summed_axes if n not in options.expert_axes))
-    dim = options.sequence_dim
+    axes, dim = Axes.of(options), options.sequence_dim
+    sequence, everyone, experts = axes.sequence, axes.everyone, axes.experts
     if sequence:
         passes += [
             # Finds the token axis for all of these, so it sees the graph as the user wrote it.
@@ -67,27 +75,18 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     if options.expert_capacity is not None:
         # Before the two passes that replace expert blocks, because it looks for them.
         passes.append(CountDropped(options.expert_capacity, everyone))
-    if heads:
+    if axes.heads:
         # Before the marks of expert blocks go, because their weights may be cut both ways.
-        passes.append(TensorParallel(heads, options.cuts))
+        passes.append(TensorParallel(axes.heads, options.cuts))
     if experts:
         passes.append(ExpertParallel(experts, options.expert_capacity))
-    if summed:
+    if axes.summed:
         # After ExpertParallel, which says whose weights are not replicated.
-        passes.append(SumGradients(summed, rest if experts else summed))
-    axis = everyone or heads
-    if axis:
+        passes.append(SumGradients(axes.summed, axes.rest))
+    if axes.agreeing:
         # It moves waits behind whatever the others have put into the graph.
         passes.append(Overlap())
-        passes.append(Verifier(axis, sequence=sequence is not None))
+        passes.append(Verifier(axes, dim))
         # Last: from here on a group's name is no longer its axis's.
         passes.append(Label())
     return tuple(passes)
-
-
-def _present(name: str | None) -> tuple[str, ...]:
-    return () if name is None else (name,)
-
-
-def _axis(options: CompileOptions, names: tuple[str, ...]) -> Axis | None:
-    return axis_of(options.mesh, *names) if names else None

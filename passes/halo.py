@@ -1,7 +1,8 @@
-"""Short convolutions on a sharded sequence: the last W - 1 tokens of the rank before, and no more.
+"""Short convolutions and token shifts on a sharded sequence: the last W - 1 tokens of the rank before,
+and no more.
 
-    short_conv(x, weight, cu_seqlens)  ->  short_conv(x, weight, cu_seqlens - offset, halo(x, W -
-                                           1))
+    short_conv(x, weight, cu_seqlens)  ->  short_conv(x, weight, cu_seqlens - offset, halo(x, W - 1))
+    pad(x, (0, 0, n, -n))              ->  shift(x, halo(x, n))
 
 Forward sends W - 1 rows to the next rank, backward sends their gradient back. `cu_seqlens - offset`
 may be negative: a document that began on an earlier rank sees its own tokens in the halo, and no
@@ -18,14 +19,15 @@ from lmoe_compiler.errors import NotShardable
 from lmoe_compiler.passes import token_axis
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.shard import Shard
-from lmoe_compiler.passes.splice import Editor, layer_of, where
+from lmoe_compiler.passes.splice import Editor, known_size, layer_of, where
+from lmoe_compiler.passes.token_axis import axes_with
 from lmoe_compiler.runtime import sequence
 from lmoe_compiler.runtime.mesh import Axis
 
 
 @dataclass(frozen=True)
 class Halo:
-    """Gives every `lmoe::short_conv` its history."""
+    """Gives every `lmoe::short_conv`, and every shift, its history."""
 
     axis: Axis
     sequence_dim: int = 1
@@ -41,9 +43,44 @@ class Halo:
                 report.add(
                     "convolutions", f"{layer_of(node)}: {taps - 1} tokens from the rank before"
                 )
+        for node, count in shard.tokens.shifts.items():
+            _shift(shard, node, count)
+            report.add("shifts", f"{layer_of(node)}: {count} tokens from the rank before")
         if report.counts:
             Editor(gm, self.name).finish()
         return report
+
+
+def _shift(shard: Shard, node: fx.Node, count: int) -> None:
+    edit = Editor(shard.gm, "halo")
+    edit.anchor = node
+    (x,) = (n for n in node.all_input_nodes if shard.tokens.in_(n.meta["example_value"]))
+    moved = edit.call(sequence.shift, x, _received(shard, edit, x, count))
+    node.replace_all_uses_with(moved)
+    node.graph.erase_node(node)
+
+
+def _received(shard: Shard, edit: Editor, x: fx.Node, count: int) -> fx.Node:
+    """The last tokens of the rank before; refused where a rank holds fewer."""
+    axis, value = shard.axis, x.meta["example_value"]
+    if 1 not in axes_with(value, shard.tokens.symbol):
+        raise NotShardable(
+            f"tokens are shifted along another dimension than 1 of {tuple(value.shape)}",
+            where=where(edit.anchor),
+            why="halos are rows of [B, T, ...]",
+            try_="the token axis second",
+        )
+    length = known_size(value.shape[1])
+    if length < count:
+        raise NotShardable(
+            f"{layer_of(edit.anchor)} looks {count} tokens back, and this rank holds {length}",
+            where=where(edit.anchor),
+            why="what it looks at comes from the rank before alone, which has to hold that many",
+            try_=f"at least {count} tokens on every rank, or fewer ranks",
+        )
+    return edit.call(
+        sequence.halo, x, count, shard.rank(), axis.index, axis.size, axis.groups["tokens"]
+    )
 
 
 def _give_history(shard: Shard, node: fx.Node) -> int:
@@ -55,16 +92,14 @@ def _give_history(shard: Shard, node: fx.Node) -> int:
             why="its history is the tokens of the rank before",
             try_="torch.ops.lmoe.short_conv(x, weight, cu_seqlens)",
         )
+    assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
     taps = int(weight.meta["example_value"].shape[1])
     if taps == 1:
         return taps
-    axis = shard.axis
     edit = Editor(shard.gm, "halo")
     edit.anchor = node
-    received = edit.call(
-        sequence.halo, x, taps - 1, shard.rank(), axis.index, axis.size, axis.groups["tokens"]
-    )
+    received = _received(shard, edit, x, taps - 1)
     if documents is not None:
         documents = edit.call(sequence.shifted_documents, documents, shard.offset())
     node.args = (x, weight, documents, received)

@@ -25,6 +25,7 @@ from lmoe_compiler.errors import NotShardable
 from lmoe_compiler.kernels import parse
 from lmoe_compiler.layout import map_axes
 from lmoe_compiler.passes import planner, token_axis
+from lmoe_compiler.passes.cost import work_beside
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.shard import Shard
 from lmoe_compiler.passes.splice import Editor, layer_of, where
@@ -35,12 +36,16 @@ from lmoe_compiler.runtime.topology import Topology
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """Gives every `lmoe::scan` its entry state. `schedule`: one of exchange.SCHEDULES, or "auto"."""
+    """Gives every `lmoe::scan` its entry state.
+
+    `schedule`: one of topology.SCHEDULES, or "auto". `span`: over how many ranks a document spans at most.
+    """
 
     axis: Axis
     sequence_dim: int = 1
     schedule: str = "auto"
     topology: Topology | None = None
+    span: int | None = None
     name: str = "sequence_parallel"
     changes_numerics: bool = False
 
@@ -76,7 +81,7 @@ class SequenceParallel:
         parts = [edit.call(operator.getitem, span, i) for i in range(_count(axes))]
         if enters is not None:
             parts, axes = _reset(edit, parts, axes, enters)
-        choice = self._choose(parts, len(axes))
+        choice = self._choose(shard.gm, node, parts, len(axes))
         call = (choice.schedule, shard.axis.size, shard.axis.groups["state"])
         flight = edit.call(exchange.start, parts, *call)
         entries = edit.call(exchange.finish, flight, parts, shard.rank(), tuple(axes), *call)
@@ -88,12 +93,23 @@ class SequenceParallel:
         node.args = (text, inputs, entry, documents, options)
         return choice
 
-    def _choose(self, parts: list[fx.Node], num_states: int) -> planner.Choice:
+    def _choose(
+        self, gm: fx.GraphModule, node: fx.Node, parts: list[fx.Node], num_states: int
+    ) -> planner.Choice:
         values = [part.meta["example_value"] for part in parts]
         sizes = [x.numel() * x.element_size() for x in values]
         topology = self.topology or planner.topology_of(values[0].device.type)
         maps, states = sum(sizes[:-num_states]), sum(sizes[-num_states:])
-        return planner.choose(self.schedule, self.axis.size, states, maps, topology)
+        return planner.choose(
+            self.schedule,
+            self.axis.size,
+            states,
+            maps,
+            topology,
+            heads=values[-1].shape[1],
+            span=self.span,
+            hidden=work_beside(gm, node) / topology.flops,
+        )
 
 
 def _count(axes: list[tuple[str, str | None]]) -> int:

@@ -5,7 +5,8 @@
 
 `keys`: every rank's queries meet everybody's keys, which travel as one tensor and are few under grouped heads; the
 backward is a reduce-scatter. `heads`: two kinds of even all-to-all, whole sequences of H/P heads; where P divides G.
-Both need as many tokens on every rank. Notation: H query heads, G key-value heads, E head size, P ranks.
+Both need as many tokens on every rank, and stop with an error where they are not. Notation: H query heads, G key-value
+heads, E head size, P ranks.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def _editor(shard: Shard, node: fx.Node) -> Editor:
 def _gather(shard: Shard, node: fx.Node) -> None:
     q, k, v, documents = (*node.args, None)[:4]
     axis, edit = shard.axis, _editor(shard, node)
+    k = edit.call(sequence.same_counts, shard.counts(), k)
     both = edit.call(sequence.gather_keys_values, k, v, axis.size, axis.groups["tokens"])
     keys, values = (edit.call(operator.getitem, both, i) for i in (0, 1))
     node.args = (q, keys, values, documents, shard.offset())
@@ -95,6 +97,7 @@ def _transpose(shard: Shard, node: fx.Node) -> None:
     *tensors, documents = (*node.args, None)[:4]
     axis, edit = shard.axis, _editor(shard, node)
     call = (axis.size, axis.groups["tokens"])
+    tensors[0] = edit.call(sequence.same_counts, shard.counts(), tensors[0])
     whole = [edit.call(sequence.tokens_to_heads, x, *call) for x in tensors]
     node.args = (*whole, documents)
     edit.anchor = node.next

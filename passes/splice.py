@@ -40,6 +40,12 @@ def _value(node: fx.Node) -> Any:
     return node.meta["example_value"]
 
 
+def known_size(size: Any) -> int:
+    """A size as a number: of this compilation, where it is a symbol."""
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(size if hint is None else hint)
+
+
 def where(node: fx.Node) -> str:
     """The layer and the user's line of a node."""
     modules = node.meta.get("nn_module_stack") or {}
@@ -49,8 +55,8 @@ def where(node: fx.Node) -> str:
 
 
 def layer_of(node: fx.Node) -> str:
-    """Path of the module that a node came from, as named_modules has it."""
-    modules = node.meta.get("nn_module_stack") or {}
+    """Path of the module that a node came from, as named_modules has it; for a backward, its forward's."""
+    modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return clean(next((path for path, _ in reversed(list(modules.values()))), "")) or "model"
 
 
@@ -94,11 +100,15 @@ class Editor:
 
     def refresh(self, node: fx.Node) -> None:
         """Compute a node's fake value (again, where its operands have changed)."""
+        node.meta["example_value"] = self.value(node)
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node gives for its operands' fake values, as they are now."""
         # Sizes that only the data knows (splits of an all-to-all) are made again by AOTAutograd.
         shapes = self.mode.shape_env if self.mode else None
         fresh = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
         with self.mode or contextlib.nullcontext(), fresh:
-            node.meta["example_value"] = run(node)
+            return run(node)
 
     def data(self, name: str, value: Tensor) -> fx.Node:
         """A tensor that differs between ranks, as a buffer: the only way in which a rank enters a

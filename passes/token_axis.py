@@ -7,6 +7,7 @@ the model needs no rule of its own:
     token-wise   row t of the result depends on row t of the operands only: stays as it is on a
                  shard
     marked       an op of ours that mixes tokens; a pass gives it its state, halo or keys
+    shift        pad(x, (0, 0, n, -n)) along T: every token gets the one n before it (halo.py)
     sum, mean    a reduction over tokens: becomes one over all ranks (losses.py)
     position     arange(T): shifted by the shard's offset
     count        a number made of T that meets a tensor: the global count
@@ -69,6 +70,7 @@ class Tokens:
     reductions: list[fx.Node] = field(default_factory=list)
     positions: list[fx.Node] = field(default_factory=list)
     counts: list[fx.Node] = field(default_factory=list)
+    shifts: dict[fx.Node, int] = field(default_factory=dict)  # and by how many tokens
 
     def in_(self, value: object) -> bool:
         """Whether a value has T in a size, or is a number made of it."""
@@ -106,6 +108,16 @@ def operator(node: fx.Node) -> str | None:
     return None
 
 
+def documents_of(node: fx.Node) -> object:
+    """The `cu_seqlens` argument of a marked op, None where there is none."""
+    packet: Any = getattr(node.target, "overloadpacket", node.target)
+    names = [argument.name for argument in packet.default._schema.arguments]
+    if "cu_seqlens" not in names:
+        return None
+    place = names.index("cu_seqlens")
+    return node.args[place] if place < len(node.args) else node.kwargs.get("cu_seqlens")
+
+
 def analyse(gm: fx.GraphModule, sequence_dim: int, cut: bool = True) -> Tokens:
     """Classify every node; raises MixesTokens at the first that no rule covers. `cut`: whether a
     sequence is spread over ranks, not only the batch.
@@ -113,11 +125,13 @@ def analyse(gm: fx.GraphModule, sequence_dim: int, cut: bool = True) -> Tokens:
     tokens = _find_sequence(gm, sequence_dim)
     mode = fake_mode_of(gm)
     for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
+        # What passes have put in is theirs to know.
+        if node.op not in ("call_function", "call_method") or "lmoe" in node.meta:
             continue
         operands = [n.meta.get("example_value") for n in node.all_input_nodes]
         if operator(node) in MARKED:
             tokens.marked.append(node)
+            node.meta["lmoe_documents"] = documents_of(node) is not None
         elif not any(tokens.in_(x) for x in operands):
             continue
         elif node.target in LOSSES:
@@ -164,8 +178,11 @@ def _classify(node: fx.Node, tokens: Tokens, mode: Any, cut: bool) -> None:
             f"{_name(node)} mixes tokens, and no pass knows how",
             where=where(node),
             why=watch.problem,
-            try_="mix tokens by a recurrence, lmoe::attention or lmoe::short_conv",
+            try_="mix tokens by a recurrence, by torch.ops.lmoe.attention or short_conv, or shift them by\n"
+            "models.short_convolution.token_shift(x) or F.pad(x, (0, 0, n, -n)): passes know these",
         )
+    if watch.shift:
+        tokens.shifts[node] = watch.shift
     for kind, nodes in (
         ("sum", tokens.reductions),
         ("position", tokens.positions),
@@ -185,11 +202,13 @@ class _Watch(TorchDispatchMode):
     def __init__(self, symbol: sympy.Symbol) -> None:
         super().__init__()
         self.symbol, self.problem, self.found = symbol, "", set[str]()
+        self.shift, self.calls = 0, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.calls += 1
         self.problem = self.problem or self._problem(func, args, kwargs or {}, out)
         return out
 
@@ -217,7 +236,8 @@ class _Watch(TorchDispatchMode):
         self, name: str, func: Any, args: Any, kwargs: Any, tensors: Any, out: Any
     ) -> str:
         if name in _VIEWS:
-            same = self._behind(tensors[0]) == self._behind(out)
+            # Rows that came back from experts have a size of their own, which is known to be T here only.
+            same = self._behind(tensors[0]) in (None, self._behind(out))
             return "" if same else f"{func} moves tokens into another axis"
         if name in _PRODUCTS:
             left, right = tensors[-2:]
@@ -247,6 +267,10 @@ class _Watch(TorchDispatchMode):
             return ""
         if name == "slice" and _same_size(out, tensors[0], axes[0]):
             return ""
+        if name == "constant_pad_nd" and self.calls == 1 and not any(args[2:]):
+            self.shift = _shift(args[1], tensors[0].dim() - axes_with(out, self.symbol)[0])
+            if self.shift:
+                return ""
         return f"{func} runs along the token axis"
 
     def _pairs(self, x: Tensor) -> bool:
@@ -292,6 +316,14 @@ class _WatchRows(_Watch):
             self.found.add("sum")
             return ""
         return f"{func} makes one value of all tokens, and other ranks have other rows"
+
+
+def _shift(pad: Sequence[int], behind: int) -> int:
+    """n where the pads are n and -n on the axis of that place from the end, and 0 elsewhere; else 0."""
+    pairs = {place: pair for place, pair in enumerate(zip(pad[::2], pad[1::2], strict=True), 1)}
+    first, last = pairs.pop(behind, (0, 0))
+    others = any(a or b for a, b in pairs.values())
+    return 0 if others or first <= 0 or first != -last else int(first)
 
 
 def _same_size(a: Tensor, b: Tensor, dim: int) -> bool:

@@ -100,6 +100,8 @@ def _timeout(device: str) -> timedelta | None:
     """Of the world's collectives: torch would give new groups its default of 10 or 30 minutes."""
     world = dist.group.WORLD
     assert world is not None
+    if torch.device(device) not in world._device_types:  # simulated ranks
+        return None
     options = getattr(world._get_backend(torch.device(device)), "options", None)
     timeout: timedelta | None = getattr(options, "_timeout", None)
     return timeout

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from lmoe_compiler.runtime import collectives
 
+UNEVEN = (
+    "ranks hold different numbers of tokens, and a softmax layer's keys travel in equal parts: "
+    "give every rank as many tokens (layers with a recurrence take any number)"
+)
+
 
 def number(x: Tensor, dims: list[int]) -> int:
     """Of tokens in x, which are along these axes."""
@@ -94,6 +99,18 @@ def halo(x: Tensor, count: int, rank: Tensor, index: int, size: int, group: str)
     to[(index + 1) % size] = from_[(index - 1) % size] = 1
     received = collectives.wait(collectives.start_all_to_all(tail, from_, to, group)).squeeze(0)
     return torch.where(rank > 0, received, torch.zeros_like(received))
+
+
+def shift(x: Tensor, received: Tensor) -> Tensor:
+    """Every token gets the one n before it: x [B, T, ...], received [B, n, ...] -> [B, T, ...]."""
+    kept = x.narrow(1, 0, x.shape[1] - received.shape[1])
+    return torch.cat([received, kept], dim=1)
+
+
+def same_counts(counts: Tensor, x: Tensor) -> Tensor:
+    """x, after a check that every rank holds as many tokens as the others; no value is read on the host."""
+    torch._assert_async((counts == counts[0]).all(), UNEVEN)
+    return x.view_as(x)
 
 
 def gather_tokens(x: Tensor, size: int, group: str) -> Tensor:

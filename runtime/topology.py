@@ -1,20 +1,25 @@
-"""How fast ranks talk to each other, and what a state exchange costs, as expressions.
+"""How fast ranks talk to each other, and what collectives and state exchanges cost, as expressions.
 
-Symbols: P ranks, R ranks of one node, s bytes of all states of one rank (fp32), m bytes of their
-maps, n = s + m; a, b latency in seconds and bytes per second, inside a node (_in) and across (_x).
-Assumptions: one rank sends and receives at full speed at once; an all-to-all across nodes costs 1.5
-us more a node; no congestion.
+Symbols: P ranks of the axis, R of them in one node, D ranks over which a document spans at most; w bytes of a
+collective's operand; s bytes of all states of one rank (fp32), m bytes of their maps, n = s + m, of H heads; a, b
+latency in seconds and bytes per second, inside a node (_in) and across (_x).
+Assumptions: one rank sends and receives at full speed at once; rings for gathers, rings or trees for all-reduce; an
+all-to-all costs three latencies inside a node and 1.5 us more a node across; no congestion, no other traffic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import sympy
-from sympy import Expr, Max, ceiling, log
+from sympy import Expr, Max, Min, ceiling, log
 
-P, R, s, m = sympy.symbols("P R s m", positive=True)
+P, R, D, H, w, s, m = sympy.symbols("P R D H w s m", positive=True)
 a_in, b_in, a_x, b_x = sympy.symbols("a_in b_in a_x b_x", positive=True)
+n = s + m
+nodes = P / R
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,15 @@ class Topology:
     inside: tuple[float, float]
     across: tuple[float, float]
     flops: float
+
+    def __str__(self) -> str:
+        def link(latency: float, speed: float) -> str:
+            return f"{latency * 1e6:.3g} us and {speed / 1e9:.3g} GB/s"
+
+        return (
+            f"{self.name}: {self.ranks_per_node} ranks a node, {link(*self.inside)} inside, "
+            f"{link(*self.across)} across, {self.flops / 1e12:.3g} Tflop/s"
+        )
 
 
 TOPOLOGIES = {
@@ -41,61 +55,112 @@ TOPOLOGIES = {
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Bytes that a rank receives in one forward exchange, and its time inside one node and across
-    nodes.
-    """
+class Cost:
+    """Bytes that a rank receives, and its time inside one node and across nodes."""
 
-    name: str
-    runs: bool  # whether exchange.py executes it, or it is in the model only
     volume: Expr
     inside: Expr
     across: Expr
 
-    def at(self, topology: Topology, ranks: int, state: int, map_: int) -> tuple[float, float]:
-        """(bytes, seconds) for numbers."""
-        values = {
-            P: ranks,
-            R: min(topology.ranks_per_node, ranks),
-            s: state,
-            m: map_,
-            a_in: topology.inside[0],
-            b_in: topology.inside[1],
-            a_x: topology.across[0],
-            b_x: topology.across[1],
-        }
-        time = self.inside if ranks <= topology.ranks_per_node else self.across
-        return float(self.volume.subs(values)), float(time.subs(values))
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.volume + other.volume, self.inside + other.inside, self.across + other.across
+        )
+
+    def of(self, operand: Expr) -> Cost:
+        """With another operand than w."""
+        return Cost(*(x.subs(w, operand) for x in (self.volume, self.inside, self.across)))
+
+    def at(
+        self, topology: Topology, ranks: int, *, stride: int = 1, **values: float
+    ) -> tuple[float, float]:
+        """(bytes, seconds) for numbers. `stride`: the distance of neighbours on the axis, in ranks."""
+        in_node = max(1, min(topology.ranks_per_node // stride, ranks))
+        volume, seconds = _numbers(self, in_node == ranks)
+        links = (*topology.inside, *topology.across)
+        given = [float(values.get(str(x), 0.0)) for x in (D, H, w, s, m)]
+        numbers = (ranks, in_node, *given, *links)
+        return float(volume(*numbers)), float(seconds(*numbers))
 
 
-_n = s + m
-_nodes = P / R
-_even = (_n + s) * (P - 1) / P
-_rounds = 1 + ceiling(log(_nodes, 2))
+@cache
+def _numbers(cost: Cost, inside: bool) -> tuple[Callable[..., float], ...]:
+    """Volume and time as Python functions: substituting into expressions takes milliseconds."""
+    symbols = (P, R, D, H, w, s, m, a_in, b_in, a_x, b_x)
+    time = cost.inside if inside else cost.across
+    return tuple(sympy.lambdify(symbols, x, "math") for x in (cost.volume, time))
+
+
+_gather = Cost(
+    (P - 1) * w,
+    (P - 1) * (a_in + w / b_in),
+    (nodes - 1) * (a_x + w / b_x) + (R - 1) * (a_in + nodes * w / b_in),
+)
+_rings = _gather.of(w / P) + _gather.of(w / P)
+_tree = ceiling(log(nodes, 2)) * (a_x + w / b_x) + ceiling(log(R, 2)) * (a_in + w / b_in)
+
+COLLECTIVES = {
+    # w: what one rank gives
+    "all_gather": _gather,
+    # w: what one rank keeps
+    "reduce_scatter": _gather,
+    # w: what one rank holds, 1/P of it for each rank
+    "all_to_all": Cost(
+        w * (P - 1) / P,
+        3 * a_in + w * (P - 1) / P / b_in,
+        a_x + sympy.Float(1.5e-6) * nodes + w * (P - R) / P / b_x + w * (R - 1) / P / b_in,
+    ),
+    # w: what one rank sends to the next
+    "neighbour": Cost(w, a_in + w / b_in, a_x + w / b_x),
+    # w: what every rank holds
+    "all_reduce": Cost(
+        2 * (P - 1) / P * w,
+        Min(_rings.inside, 2 * ceiling(log(P, 2)) * (a_in + w / b_in)),
+        Min(_rings.across, 2 * _tree),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A way to exchange states, and its cost in s, m, H, P, R and D."""
+
+    name: str
+    runs: bool  # whether exchange.py executes it, or it is in the model only
+    cost: Cost
+
+
+_even, _hops = COLLECTIVES["all_to_all"], Min(P, D) - 1
+# Heads are padded to a multiple of the ranks that fold them.
+_over_P, _over_R = P * ceiling(H / P) / H, R * ceiling(H / R) / H
+# A shift and a logarithmic scan, where there is more than one node.
+_rounds = ceiling(Min(1, nodes - 1)) * (1 + ceiling(log(nodes, 2)))
+_inside = Cost(
+    _over_R * (n + s) * (R - 1) / R,
+    2 * 3 * a_in + _over_R * (n + s) * (R - 1) / R / b_in,
+    2 * 3 * a_in + _over_R * (n + s) * (R - 1) / R / b_in,
+)
 
 SCHEDULES = (
+    # Everybody gets all maps and folds them (LASP-2).
+    Schedule("all_gather", True, COLLECTIVES["all_gather"].of(n)),
+    # Maps to the rank that folds their heads, states back.
+    Schedule("transpose", True, _even.of(_over_P * n) + _even.of(_over_P * s)),
+    # Each rank waits for the one before it (LASP-1). A document that spans D ranks needs D - 1 hops.
     Schedule(
-        "all_gather",
-        True,
-        (P - 1) * _n,
-        (P - 1) * (a_in + _n / b_in),
-        (_nodes - 1) * (a_x + _n / b_x) + (R - 1) * (a_in + _nodes * _n / b_in),
+        "ring",
+        False,
+        Cost(s, _hops * (a_in + s / b_in), _hops * Max(a_in + s / b_in, a_x + s / b_x)),
     ),
-    Schedule(
-        "transpose",
-        True,
-        _even,
-        2 * 3 * a_in + _even / b_in,
-        2 * (a_x + 1.5e-6 * _nodes) + (_n + s) * (P - R) / P / b_x + (_n + s) * (R - 1) / P / b_in,
-    ),
-    Schedule(
-        "ring", False, s, (P - 1) * (a_in + s / b_in), (P - 1) * Max(a_in + s / b_in, a_x + s / b_x)
-    ),
+    # Heads over the ranks of a node, then a logarithmic scan over nodes, and back.
     Schedule(
         "hierarchical",
         False,
-        (_n + s) * (R - 1) / R + _rounds * _n / R,
-        2 * 3 * a_in + _even / b_in,
-        2 * 3 * a_in + (_n + s) * (R - 1) / R / b_in + _rounds * (a_x + _n / R / b_x),
+        _inside
+        + Cost(
+            _rounds * _over_R * n / R,
+            sympy.Integer(0),
+            _rounds * (a_x + _over_R * n / R / b_x),
+        ),
     ),
 )

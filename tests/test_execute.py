@@ -187,6 +187,24 @@ def test_span_maps_and_their_gradients(name, bounds):
     )
 
 
+class NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SPANNED)
+def test_where_a_document_begins_is_not_read(name):
+    p = program(name)
+    inputs, options = make_inputs(p, 1, 25), Options(chunk_size=8)
+    cu_seqlens = torch.tensor([0, 9, 25], dtype=torch.int32)
+    with NoHostReads():
+        maps, ends = execute.span_map(p, inputs, cu_seqlens, options)
+        execute.span_map_backward(p, inputs, cu_seqlens, maps, ends, options)
+    with pytest.raises(AssertionError, match="read on the host"), NoHostReads():
+        int(cu_seqlens[-2])
+
+
 def test_a_state_driven_by_another_has_no_span_map():
     p = program("written_by_reads")
     with pytest.raises(NoSpanMap, match="written_by_reads"):

@@ -65,3 +65,22 @@ def test_host_time_of_a_call(record_property):
         microseconds = timer.blocked_autorange(min_run_time=1).median * 1e6
         record_property(f"{name}_us", microseconds)
         print(f"{name}: {microseconds:.1f} us a call")
+
+
+def test_span_maps_of_packed_documents_wait_for_nothing():
+    """Where the last document begins is data: no value goes to the host, forward or backward."""
+    inputs = on_device(*arguments(1, 130, dtype=torch.float32))
+    cu_seqlens = torch.tensor([0, 40, 130], dtype=torch.int32, device="cuda")
+    span = partial(
+        torch.ops.lmoe.span_map, gated.text(), inputs, cu_seqlens, "implementation=torch"
+    )
+    span()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = span()
+        torch.ops.lmoe.span_map_backward(
+            gated.text(), inputs, cu_seqlens, results, "implementation=torch"
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -12,6 +12,7 @@ COMMANDS = {
     "host": "what the processor does in one call, without a GPU",
     "library": "search flash-linear-attention's configurations once, for --chosen",
     "table": "print the table, the gates and the picture of results.jsonl again",
+    "schedules": "state exchanges of sequence parallelism on gloo processes, beside plain gathers",
     "resources": "registers, spills and shared memory of kernels compiled for sm_90, without a GPU",
     "tune": "search plans, check their numbers, write the table that the package ships",
 }

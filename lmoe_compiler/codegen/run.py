@@ -139,7 +139,7 @@ def span_map(
         ends = ends[: len(derived.states)]
         return [x[-1:] for x in ends] if cu_seqlens is not None else ends
 
-    maps, ends = spans.span_map(program, inputs, _whole(cu_seqlens), finals)
+    maps, ends = spans.span_map(program, inputs, cu_seqlens, finals)
     return [None if m is None else m.contiguous() for m in maps], [e.contiguous() for e in ends]
 
 
@@ -167,7 +167,7 @@ def span_map_backward(
         results = _run("pullback", derived, tokens, starts, cu_seqlens, options, kept, [], ends)
         return gathered(derived, tokens, results[: len(derived.inputs)])
 
-    return spans.span_map_backward(program, inputs, _whole(cu_seqlens), d_maps, d_ends, pullback)
+    return spans.span_map_backward(program, inputs, cu_seqlens, d_maps, d_ends, pullback)
 
 
 @cache
@@ -245,8 +245,3 @@ def _for_documents(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return x.contiguous()
     return x.expand(cu_seqlens.shape[0] - 1, *x.shape[1:]).contiguous()
-
-
-def _whole(cu_seqlens: Tensor | None) -> bool | Tensor:
-    """Whether the last document fills the span; documents without tokens ahead of it are no boundary."""
-    return True if cu_seqlens is None else cu_seqlens[-2] == 0

@@ -103,7 +103,8 @@ def span_map(
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """M (None for the identity, [B, H], [B, H, K], ...) and E [B, H, *axes] of each state."""
 
-    def finals(derived: Program, tokens: Tensors, start: list[Tensor]) -> list[Tensor]:
+    def finals(derived: Program, given: Tensors, start: list[Tensor]) -> list[Tensor]:
+        derived, tokens = spans.last_document(derived, given, cu_seqlens)
         sizes = layout.measure(derived, tokens, start, None)
         if chunked.chunk_form(derived) is None:
             _, ends = sequential.scan(derived, sizes, tokens, start, None)
@@ -111,8 +112,7 @@ def span_map(
             ends = chunked.final_states(_rows(derived, sizes, tokens, options), start)
         return _separate(ends, start)
 
-    tokens, whole = spans.last_document(program, inputs, cu_seqlens)
-    return spans.span_map(program, tokens, whole, finals)
+    return spans.span_map(program, inputs, cu_seqlens, finals)
 
 
 def span_map_backward(
@@ -126,18 +126,19 @@ def span_map_backward(
     """Gradients of the inputs, in their shapes and dtypes."""
 
     def pullback(
-        derived: Program, tokens: Tensors, start: list[Tensor], ends: list[Tensor]
+        derived: Program, given: Tensors, start: list[Tensor], ends: list[Tensor]
     ) -> list[Tensor]:
+        derived, tokens = spans.last_document(derived, given, cu_seqlens)
         sizes = layout.measure(derived, tokens, start, None)
         if chunked.chunk_form(derived) is None:
             zero = tokens[0].new_zeros(()).expand(sizes.output(derived))
-            return sequential.scan_backward(derived, sizes, tokens, start, None, zero, ends)[0]
-        rows = _rows(derived, sizes, tokens, options)
-        return chunked.scan_backward(rows, start, None, ends)[0]
+            grads, _ = sequential.scan_backward(derived, sizes, tokens, start, None, zero, ends)
+        else:
+            rows = _rows(derived, sizes, tokens, options)
+            grads, _ = chunked.scan_backward(rows, start, None, ends)
+        return grads[: len(given)]
 
-    tokens, whole = spans.last_document(program, inputs, cu_seqlens)
-    grads = spans.span_map_backward(program, tokens, whole, d_maps, d_ends, pullback)
-    grads = spans.with_earlier_documents(inputs, grads)
+    grads = spans.span_map_backward(program, inputs, cu_seqlens, d_maps, d_ends, pullback)
     return [grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True)]
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler import layout
-from lmoe_compiler.ir.nodes import Program, Step, Var, const
+from lmoe_compiler.ir.nodes import Program, Step, Var, const, make
 
-# (program, inputs, initial states) -> final states, and the gradients of the inputs from those of the final states.
+# (derived program, inputs, initial states) -> the last document's final states, and the gradients of the inputs from
+# those of the final states. What a document that does not fill the span starts from is zero, or its result is not used.
 Finals = Callable[[Program, Sequence[Tensor], list[Tensor]], list[Tensor]]
 Pullback = Callable[[Program, Sequence[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -25,18 +26,34 @@ Pullback = Callable[[Program, Sequence[Tensor], list[Tensor], list[Tensor]], lis
 @cache
 def ends_program(program: Program) -> Program:
     """The recurrence without reads or output. No coefficient of a program with a span map is read from a state."""
-    steps = tuple(item for item in program.body if isinstance(item, Step))
-    return replace(program, body=steps, output=const(0))
+    return replace(program, body=_steps(program), output=const(0))
+
+
+@cache
+def counted_program(program: Program) -> Program:
+    """A derived program with one more input, a number a token, which every write is multiplied by.
+
+    Where it is zero, a state that is zero stays zero, whatever decays and feedbacks do.
+    """
+    names = {var.name for var in (*program.inputs, *program.states)}
+    name = "counts"
+    while name in names:
+        name += "_"
+    counts = Var(name, "token", ())
+    steps = tuple(
+        replace(
+            step,
+            writes=tuple(replace(w, value=make("mul", counts.node, w.value)) for w in step.writes),
+        )
+        for step in _steps(program)
+    )
+    return replace(program, inputs=(*program.inputs, counts), body=steps)
 
 
 @cache
 def map_program(program: Program, state: str, axes: tuple[str, ...]) -> Program:
     """One state's decays and feedbacks alone, on a state of the axes of M."""
-    steps = tuple(
-        replace(item, writes=())
-        for item in program.body
-        if isinstance(item, Step) and item.state == state
-    )
+    steps = tuple(replace(step, writes=()) for step in _steps(program) if step.state == state)
     var = next(var for var in program.states if var.name == state)
     return replace(
         program, states=(Var(state, "state", axes, var.loc),), body=steps, output=const(0)
@@ -44,77 +61,68 @@ def map_program(program: Program, state: str, axes: tuple[str, ...]) -> Program:
 
 
 def span_map(
-    program: Program, tokens: Sequence[Tensor], whole: bool | Tensor, finals: Finals
+    program: Program, inputs: Sequence[Tensor], cu_seqlens: Tensor | None, finals: Finals
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """M per state, None for the identity, and E per state, of the span's last document.
+    """M per state, None for the identity, and E per state, of the last document's part of the span.
 
-    `whole` says (as a bool, or on the device) whether that document fills the span: else nothing is carried through.
+    Where that document begins is never read: packed layouts cost no wait for the device.
     """
-    sizes = layout.measure(program, tokens, (), None)
+    sizes = layout.measure(program, inputs, (), None)
     maps: list[Tensor | None] = []
     for var, axes in zip(program.states, layout.map_axes(program), strict=True):
         maps.append(None)
         if axes is not None:
-            start = _identity(axes, sizes, tokens[0])
-            if whole is not False:
-                (start,) = finals(map_program(program, var.name, axes), tokens, [start])
-            maps[-1] = _where(whole, start)
-    return maps, finals(ends_program(program), tokens, _zeros(program, sizes, tokens[0]))
+            start = _identity(axes, sizes, inputs[0])
+            (m,) = finals(map_program(program, var.name, axes), inputs, [start])
+            maps[-1] = _if_whole(m, cu_seqlens)
+    return maps, finals(ends_program(program), inputs, _zeros(program, sizes, inputs[0]))
 
 
 def span_map_backward(
     program: Program,
-    tokens: Sequence[Tensor],
-    whole: bool | Tensor,
+    inputs: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
     d_maps: Sequence[Tensor | None],
     d_ends: Sequence[Tensor | None],
     pullback: Pullback,
 ) -> list[Tensor]:
-    """Gradients of the tokens and head parameters."""
-    sizes = layout.measure(program, tokens, (), None)
-    zeros = _zeros(program, sizes, tokens[0])
+    """Gradients of the inputs, zero before the last document."""
+    sizes = layout.measure(program, inputs, (), None)
+    zeros = _zeros(program, sizes, inputs[0])
     ends = [torch.zeros_like(z) if d is None else d for z, d in zip(zeros, d_ends, strict=True)]
-    grads = pullback(ends_program(program), tokens, zeros, ends)
+    grads = pullback(ends_program(program), inputs, zeros, ends)
     for var, axes, d in zip(program.states, layout.map_axes(program), d_maps, strict=True):
-        if axes is not None and d is not None and whole is not False:
-            start = _identity(axes, sizes, tokens[0])
+        if axes is not None and d is not None:
+            start = _identity(axes, sizes, inputs[0])
             derived = map_program(program, var.name, axes)
-            parts = pullback(derived, tokens, [start], [_where(whole, d)])
+            parts = pullback(derived, inputs, [start], [_if_whole(d, cu_seqlens)])
             grads = [grad + part for grad, part in zip(grads, parts, strict=True)]
     return grads
 
 
 def last_document(
     program: Program, inputs: Sequence[Tensor], cu_seqlens: Tensor | None
-) -> tuple[list[Tensor], bool]:
-    """The inputs of the last document's tokens, and whether it fills the span; offsets are read on the host.
+) -> tuple[Program, list[Tensor]]:
+    """Program and inputs whose final states over the whole span are `Finals`: only the last document writes."""
+    if cu_seqlens is None or not any(step.writes for step in _steps(program)):
+        return program, list(inputs)
+    like = inputs[layout.first_token(program)]
+    position = torch.arange(like.shape[1], device=like.device)
+    counts = (position >= cu_seqlens[-2]).to(like.dtype)
+    counts = counts[None, :, None].expand(like.shape[0], -1, 1)
+    return counted_program(program), [*inputs, counts]
+
+
+def _if_whole(m: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """M, or zero where a document begins inside the span: it has seen nothing of what came before.
 
     Documents without tokens ahead of it are no boundary: a shard's offsets have them.
     """
-    if cu_seqlens is None:
-        return list(inputs), True
-    start = int(cu_seqlens[-2])
-    tokens = [
-        x[:, start:] if var.kind == "token" else x
-        for var, x in zip(program.inputs, inputs, strict=True)
-    ]
-    return tokens, start == 0
+    return m if cu_seqlens is None else torch.where(cu_seqlens[-2] == 0, m, 0.0)
 
 
-def with_earlier_documents(inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a last document's tokens as those of all inputs: zero before it."""
-    return [
-        grad
-        if grad.shape == x.shape
-        else torch.cat((grad.new_zeros(x[:, : -grad.shape[1] or None].shape), grad), 1)
-        for x, grad in zip(inputs, grads, strict=True)
-    ]
-
-
-def _where(whole: bool | Tensor, x: Tensor) -> Tensor:
-    if isinstance(whole, bool):
-        return x if whole else torch.zeros_like(x)
-    return torch.where(whole, x, 0.0)
+def _steps(program: Program) -> tuple[Step, ...]:
+    return tuple(item for item in program.body if isinstance(item, Step))
 
 
 def _identity(axes: tuple[str, ...], sizes: layout.Sizes, like: Tensor) -> Tensor:
