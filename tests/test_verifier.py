@@ -312,6 +312,15 @@ def test_every_collective_has_its_adjoint() -> None:
     assert adjoints(gm).counts == {"pairs": 1 + 2 + 2 * 2 + 4}
 
 
+def test_labels_of_one_group_are_one_group() -> None:
+    """On real ranks a collective's group has its layer's name (label.py), which the backward need not share."""
+    original, adjoints = joint()
+    gm = copied(original)
+    for i, c in enumerate(list(collectives(gm.graph.nodes))):
+        c.node.update_arg(len(c.node.args) - 1, f"label {i} @{c.group}")
+    assert adjoints(gm).counts == adjoints(copied(original)).counts
+
+
 def _leave_out(node: fx.Node) -> None:
     node.replace_all_uses_with(node.args[0])
     node.graph.erase_node(node)
