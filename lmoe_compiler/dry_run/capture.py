@@ -2,6 +2,7 @@
 middle of a fake process group.
 
 Weights take no memory, nothing runs. Of equal layers one is compiled, and stands for all of them (replay.py).
+What passes/schedule.py moves after autograd is not moved here: on real ranks more is hidden than the replay says.
 """
 
 from __future__ import annotations
