@@ -21,9 +21,11 @@ def main(argv: Sequence[str]) -> int:
     """Print the stages of one recurrence, or of a small model's forward and backward; or a dry run."""
     if any(argument in PRESETS or argument.startswith("--ranks") for argument in argv):
         return command.main(argv)
-    names = ", ".join(sorted(RECURRENCES))
+    names, presets = ", ".join(sorted(RECURRENCES)), " or ".join(PRESETS)
     parser = argparse.ArgumentParser(
-        prog="lmoe explain", description=__doc__, epilog=f"recurrences: {names}"
+        prog="lmoe explain",
+        description=__doc__,
+        epilog=f"recurrences: {names}. Over many ranks: lmoe explain PRESET --help ({presets})",
     )
     parser.add_argument(
         "name",
