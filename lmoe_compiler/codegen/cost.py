@@ -32,7 +32,7 @@ chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; 
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
 prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
 prepare, levels                16 keys and 1 warp (529; 32 keys and 4 warps 1147), with solves 32 keys and 2 warps
-products, solves               values contracted apart: 560 + 433 against 1496; with levels 580 + 1862 against 3439
+products, solves               values contracted apart: 617 + 433 against 1496; with levels 580 + 1862 against 3439
 gradients, solves              1 warp walks tiles of 32 keys (433; 4 warps 1413): no barrier, and 8 programs an SM
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867 against 909)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
