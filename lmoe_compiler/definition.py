@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from operator import attrgetter
@@ -31,7 +32,7 @@ from lmoe_compiler.ir.nodes import Bound, Loc, Program, Var
 from lmoe_compiler.ir.parse import parse as parse_text
 from lmoe_compiler.ir.sequence import over_tokens
 from lmoe_compiler.ir.spec import verify
-from lmoe_compiler.ir.text import print_program
+from lmoe_compiler.ir.text import one_line, print_program
 from lmoe_compiler.operations import another
 from lmoe_compiler.trace import default_float, differentiates, trace
 
@@ -109,12 +110,12 @@ class Recurrence:
         return self.program(**dict.fromkeys(self.static_dims, 2))
 
     def text(self, **sizes: int) -> str:
-        """The printed program: the first argument of the ops in library.py."""
+        """The printed program on one line: the first argument of the ops in library.py."""
         key = tuple(sizes.items())
         if key not in self._texts:
             program = self.program(**sizes)
             stages.announce(program)
-            self._texts[key] = print_program(program)
+            self._texts[key] = one_line(print_program(program))
         return self._texts[key]
 
     @cached_property
@@ -168,8 +169,10 @@ class Recurrence:
             assert self.given is not None
             output, finals = interpret.run(self.given, wide, old, cu_seqlens)
         else:
-            step = _batched(self.definition, self.inputs, len(self.states))
-            with default_float(dtype):
+            step = _batched(self.definition, self.inputs)
+            # What the step makes itself is made where the inputs are; Dynamo enters no device.
+            device = nullcontext() if torch.compiler.is_compiling() else inputs[first].device
+            with default_float(dtype), device:
                 output, finals = over_tokens(step, self.states, self.inputs, wide, old, cu_seqlens)
         return output.to(inputs[first].dtype), finals
 
@@ -200,16 +203,22 @@ Recurrence.text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _batched(
-    definition: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Var], states: int
+    definition: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Var]
 ) -> Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[list[Tensor], Tensor]]:
-    """The step of one token of one head, over [B, H]."""
-    over_heads = torch.func.vmap(definition)
-    in_dims = (*([0] * states), *(0 if v.kind == "token" else None for v in inputs))
-    over_batch = torch.func.vmap(over_heads, in_dims=in_dims)
+    """The step of one token of one head, over [B, H].
+
+    One level of vmap over both: on CUDA torch 2.11's `logsigmoid` does not run under two.
+    """
+    over_both = torch.func.vmap(definition)
 
     def step(now: Sequence[Tensor], token: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        *new, output = over_batch(*now, *token)
-        return new, output
+        lead = now[0].shape[:2]
+        rows = [
+            x if var.kind == "token" else x.expand(lead[0], *x.shape)
+            for var, x in zip(inputs, token, strict=True)
+        ]
+        *new, output = over_both(*(x.flatten(0, 1) for x in (*now, *rows)))
+        return [x.unflatten(0, lead) for x in new], output.unflatten(0, lead)
 
     return step
 

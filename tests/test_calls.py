@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from calls import arguments, gated, state
+from kinds import ROWS
 
 import lmoe_compiler as lmoe
 from lmoe_compiler import errors, implementation, kernels, layout
@@ -313,3 +314,12 @@ def test_a_recurrence_is_pickled_with_its_options(made):
     restored = pickle.loads(pickle.dumps(made.with_options(chunk_size=8)))
     assert (restored.text(), restored.options) == (made.text(), Options(chunk_size=8))
     assert copy.deepcopy(made) is made
+
+
+def test_what_a_step_makes_itself_is_made_where_its_inputs_are():
+    """`torch.eye(n)` in a step, on a device that is not the default one."""
+    recurrence = ROWS["delta_product_multiplied_out"].recurrence
+    sizes, lead = {"K": 3, "V": 4, "N": 2}, {"token": (2, 5, 2), "head": (2,)}
+    shapes = [(*lead[v.kind], *(sizes[a] for a in v.axes)) for v in recurrence.inputs]
+    output = recurrence.reference(*(torch.empty(shape, device="meta") for shape in shapes))
+    assert (output.device.type, output.shape) == ("meta", (2, 5, 2, 4))

@@ -67,6 +67,7 @@ def test_host_time_of_a_call(record_property):
         print(f"{name}: {microseconds:.1f} us a call")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_span_maps_of_packed_documents_wait_for_nothing():
     """Where the last document begins is data: no value goes to the host, forward or backward."""
     inputs = on_device(*arguments(1, 130, dtype=torch.float32))

@@ -28,6 +28,7 @@ pytestmark = [
 BY_NAME = {case.name: case for case in CASES}
 ONE_OF_EACH = ("linear_attention", "simple_gla", "gla", "gated_delta_rule", "kda", "slstm")
 WALKED = [name for name, row in ROWS.items() if build(row.recurrence.ir) is None]
+WALKED_MODELS = [name for name, recurrence in RECURRENCES.items() if build(recurrence.ir) is None]
 half = torch.bfloat16
 each = pytest.mark.parametrize("name", ONE_OF_EACH)
 
@@ -80,7 +81,7 @@ def test_kinds_without_a_chunk_form(name, dtype, size, length):
     floor = differentiated(recurrence.reference, inputs, states).tensors()
     kernels = recurrence.with_options(implementation="triton")
     actual = differentiated(kernels, inputs, states).tensors()
-    assert_accurate(actual, floor, exact, dtype)
+    assert_accurate(actual, floor, exact, dtype, chain=length)
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule", "kda"])
@@ -129,7 +130,10 @@ def test_graph_of_forward_and_backward(name):
             x.mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for x, y in zip(captured, run(), strict=True):
+    with torch.cuda.stream(stream):
+        expected = run()
+    torch.cuda.synchronize()
+    for x, y in zip(captured, expected, strict=True):
         assert torch.equal(x, y)
 
 
@@ -177,8 +181,12 @@ def test_activation_checkpointing(name):
 
 @each
 def test_any_strides(name):
-    """Heads before tokens, and a slice of a wider tensor that is not even aligned to 16 bytes."""
-    inputs, _ = prepared(name, Sizes(2, 130, 2, 64, 64))
+    """Heads before tokens, and a slice of a wider tensor that is not even aligned to 16 bytes.
+
+    Sequential kernels add up in an order that depends on the alignment.
+    """
+    dtype = torch.float32 if name in WALKED_MODELS else half
+    inputs, _ = prepared(name, Sizes(2, 130, 2, 64, 64), dtype)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x for x in inputs]
     shifted = [
         torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) if x.dim() > 2 else x
@@ -187,8 +195,8 @@ def test_any_strides(name):
     assert any(x.data_ptr() % 16 for x in shifted)
     expected = grads_of(generated(name), inputs)
     for changed in (strided, shifted):
-        for x, y in zip(grads_of(generated(name), changed), expected, strict=True):
-            assert torch.equal(x, y)
+        actual = grads_of(generated(name), changed)
+        near(actual, expected, 1e-5 if name in WALKED_MODELS else 0.0)
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
@@ -219,6 +227,6 @@ def test_small_calls_for_the_sanitizer(name):
     tokens = {i for i, var in enumerate(RECURRENCES[name].inputs) if var.kind == "token"}
     now = [x[:, 0].contiguous() if i in tokens else x for i, x in enumerate(inputs)]
     call.step(*now, state=as_argument(states), inplace=True)
-    if name != "slstm":
+    if name not in WALKED_MODELS:
         torch.ops.lmoe.span_map(RECURRENCES[name].text(), inputs, None, "implementation=triton")
     torch.cuda.synchronize()

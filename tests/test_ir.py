@@ -102,6 +102,9 @@ def test_text_carries_the_users_lines(program):
 def test_proved_programs_parse_back_and_hold(name):
     program = ROWS[name].recurrence.ir
     assert parse(str(program)) == program
+    argument = ROWS[name].recurrence.text(**dict(program.static))
+    assert "\n" not in argument, "Inductor prints arguments of ops into comments of one line"
+    assert parse(argument) == program
     assert verify(program) is program
     assert lmoe.parse(str(program)).transition.kind == ROWS[name].kind
 

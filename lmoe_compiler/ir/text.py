@@ -96,6 +96,14 @@ def print_program(program: Program, lines: bool = True) -> str:
     return "\n".join(_Printer(program, lines).text()) + "\n"
 
 
+def one_line(text: str) -> str:
+    r"""`text` with `\n` written as two characters, which `parse` takes too.
+
+    Inductor prints the arguments of ops into comments of its kernels, one line each.
+    """
+    return text.rstrip("\n").replace("\n", r"\n")
+
+
 class _Printer:
     def __init__(self, program: Program, lines: bool) -> None:
         self.program, self.lines = program, lines
