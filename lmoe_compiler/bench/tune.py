@@ -70,7 +70,7 @@ def candidates(request: Request) -> Iterator[Choice]:
         for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
             if span == 0 or 2 * first.chunk <= span < whole:
                 yield replace(first, span=span)
-    for kernel in request.plan(first).kernels:
+    for kernel in (k for k in request.plan(first).kernels if k.levels != "far"):
         for tuning in neighbours(first.tuning(kernel.name), loops=kernel.order != "parallel"):
             changed = {**dict(first.kernels), kernel.name: tuning}
             yield replace(first, kernels=tuple(changed.items()))

@@ -94,6 +94,7 @@ class Cost:
 
 
 def estimate(plan: Plan) -> list[Cost]:
+    """One for each kernel; those for chunks of far decays are counted as if there are none."""
     return [_cost(plan, kernel) for kernel in plan.kernels]
 
 
@@ -115,6 +116,8 @@ def _cost(plan: Plan, kernel: Kernel) -> Cost:
     steps = 1 if parallel else chunks / spans
     programs = B * H * tiles * (chunks if parallel else spans)
     chain = sympy.sympify(steps) * (_depth(kernel, nodes, cut) + 1)
+    if kernel.levels == "far":
+        moved = flops = chain = sympy.Integer(0)
     return Cost(kernel.name, moved, flops, programs, chain)
 
 

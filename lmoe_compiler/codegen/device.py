@@ -77,6 +77,18 @@ def running_sum(x, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
+def running_suffix(x, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of the rows from each on."""
+    if SPLIT and len(x.shape) == 2:
+        t = tl.arange(0, C)
+        onward = tl.where(t[:, None] <= t[None, :], 1.0, 0.0)
+        sums = weighted_sums(onward, x, SPLIT, PRECISION)
+    else:
+        sums = tl.cumsum(x, 0, reverse=True)
+    return sums
+
+
+@triton.jit
 def exclusive_prefix(x, C: tl.constexpr):
     """Sums of earlier rows, without a difference of sums."""
     t = tl.arange(0, C)
@@ -119,16 +131,21 @@ def between(total, C: tl.constexpr):
 
 
 @triton.jit
-def first_near(g, C: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
-    """log2 of the rows (C, 16 or 1) of blocks in which all log decays surely sum to at most LIMIT.
+def reach(total):
+    """How far running sums of log decays get from 0: up to NEAR, their exponentials are far from overflow."""
+    return tl.max(tl.max(tl.abs(total), 1), 0)
+
+
+@triton.jit
+def first_near(g, C: tl.constexpr, LIMIT: tl.constexpr):
+    """log2 of the rows (16 or 1) of blocks in which all log decays surely sum to at most LIMIT.
 
     For 16 rows that is read off the largest decay: sums of blocks would cost more registers than they save levels.
     """
-    size = tl.abs(g)
     start = 0
     if C > 16:
-        start = tl.where(tl.max(tl.max(size, 1), 0) * 16 <= LIMIT, 4, 0)
-    return tl.where(tl.max(tl.sum(size, 0), 0) <= LIMIT, LEVELS, start)
+        start = tl.where(tl.max(tl.max(tl.abs(g), 1), 0) * 16 <= LIMIT, 4, 0)
+    return start
 
 
 @triton.jit

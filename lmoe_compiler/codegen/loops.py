@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
-from lmoe_compiler.codegen.expressions import Expressions
+from lmoe_compiler.codegen.expressions import LATER, Expressions
 from lmoe_compiler.codegen.plan import WALKS, Carry, Store, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
@@ -13,6 +13,9 @@ from lmoe_compiler.codegen.statements import (
     spread,
 )
 from lmoe_compiler.ir.nodes import ROW, Node
+
+
+AFTER_LOOP = frozenset("neg rename add sub causal diagonal".split())
 
 
 class Loops(Expressions):
@@ -106,6 +109,7 @@ class Loops(Expressions):
 
         Sums over levels fill the registers: what they do not read is loaded after them.
         """
+        self.print_reach()
         self.print_rows()
         sums = [n for n in self.nodes if n.op == "level_sum" and n not in self.cut]
         early = closure(sums, self.cut) if sums else self.nodes
@@ -120,7 +124,23 @@ class Loops(Expressions):
             stores = self.print_tiles(stores)
         for store in stores:
             self.store(store.node, store.value)
+        if self.kernel.levels == "near":
+            self.write(f"tl.store({self.reach_of_program}, b_reach)")
         return self.lines
+
+    def print_reach(self) -> None:
+        if self.kernel.levels == "near":
+            self.write("b_reach = tl.full([], 0.0, tl.float32)")
+        elif self.kernel.levels == "far":
+            self.write(f"if tl.load({self.reach_of_program}) <= NEAR:")
+            self.write("    return")
+
+    @property
+    def reach_of_program(self) -> str:
+        assert self.kernel.reach is not None
+        name = identifier(self.kernel.reach.name)
+        self.args[name] = self.kernel.reach
+        return f"{name} + tl.program_id(0)"
 
     def print_tiles(self, stores: Sequence[Store]) -> list[Store]:
         """The loop over the inner axis: stores of tiles inside it, sums of parts kept; the stores that remain."""
@@ -132,11 +152,11 @@ class Loops(Expressions):
                     self.emit(node)
         needed = {a for n in self.nodes if kind(n) == "late" and n not in self.cut for a in n.args}
         needed |= {s.node for s in stores}
-        totals: dict[Node, Block] = {}
-        for node in self.nodes:
-            if kind(node) == "part" and node in needed:
-                dims = self.dims_of(node)
-                totals[node] = self.assign("sum", f"tl.zeros({self.shape(dims)}, tl.float32)", dims)
+        parts = [n for n in self.nodes if kind(n) == "part" and n in needed]
+        parts = list(dict.fromkeys(term for n in parts for term in self.terms(n)))
+        totals = {node: self.zeros(self.dims_of(node)) for node in parts}
+        sums = [n for n in parts if n.op == "level_sum" and n not in self.cut]
+        self.totals = {id(n): totals[n] for n in sums}
         outside, casts = dict(self.blocks), dict(self.casts)
         ((axis, _),) = self.kernel.inner
         a = identifier(axis)
@@ -147,15 +167,35 @@ class Loops(Expressions):
             if self.is_load(node) and kind(node) == "tile":
                 self.emit(node)
         for node, total in totals.items():
-            self.write(f"{total.text} += {self.broadcast(self.emit(node), total.dims)}")
+            block = self.emit(node)
+            if id(node) not in self.totals:
+                self.write(f"{total.text} += {self.broadcast(block, total.dims)}")
         for store in stores:
             if kind(store.node) == "tile":
                 self.store(store.node, store.value)
         self.depth -= 1
+        for node in sums:
+            if node.args[0].op == "pairs" and self.kernel.levels != "far":
+                total = totals[node].text
+                self.write(f"{total} = tl.where({LATER}, {total}, 0.0)")
         self.blocks.clear()
         self.blocks.update(outside | {id(n): t for n, t in totals.items()})
         self.casts = casts
         return [s for s in stores if kind(s.node) != "tile"]
+
+    def terms(self, part: Node) -> list[Node]:
+        """The sums over an inner axis that `part` is a linear function of: they are added up, and it follows once."""
+        kinds = [self.inner_split(a) for a in part.args]
+        linear = part.op in AFTER_LOOP and all(kind == "part" for kind in kinds)
+        linear |= part.op == "mul" and sorted(kinds) == ["part", "whole"]
+        if part in self.cut or not linear:
+            return [part]
+        return [
+            term
+            for a, kind in zip(part.args, kinds, strict=True)
+            if kind == "part"
+            for term in self.terms(a)
+        ]
 
     def print_step(self) -> list[str]:
         for carry in self.kernel.carries:

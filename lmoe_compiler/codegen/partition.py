@@ -62,6 +62,18 @@ class Call:
         return self.dtype == "fp32"
 
 
+def near_and_far(kernel: Kernel) -> list[Kernel]:
+    """A kernel for chunks whose decays are all near, and one that redoes the others.
+
+    In one kernel the registers of the loop over levels would be taken from every chunk.
+    """
+    reach = Value(f"{kernel.name}_reach", (), "program", "fp32")
+    return [
+        replace(kernel, levels="near", reach=reach),
+        replace(kernel, name=f"{kernel.name}_far", levels="far", reach=reach),
+    ]
+
+
 def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, frozenset[str]]:
     """Which of the leaves `names` each node depends on."""
     found: dict[Node, frozenset[str]] = {}
@@ -123,7 +135,8 @@ class Partition:
             inner,
             skip_last,
         )
-        self.kernels.append(kernel)
+        sums = [n for n in nodes if n.op == "level_sum" and n not in cut]
+        self.kernels += near_and_far(kernel) if order == "parallel" and sums else [kernel]
         # Parts are added up before the next kernel runs.
         kept = [s for s in stores if s.node.op != "const"]
         self.stored.update({s.node: replace(s.value, parts=0) for s in kept})

@@ -69,13 +69,14 @@ class Value:
     per span      [slots, H, *axes], a slot per `span` tokens of each sequence
     per head      [H, *axes], read only
     per scratch   [programs, C, *blocks], a value per token of a chunk, of one program only
+    per program   [programs], one number
 
     With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it.
     """
 
     name: str
     axes: tuple[str, ...]
-    per: Literal["row", "vector", "chunk", "sequence", "span", "head", "scratch"]
+    per: Literal["row", "vector", "chunk", "sequence", "span", "head", "scratch", "program"]
     dtype: Literal["dot", "fp32", "given"] = "dot"
     parts: int = 0
     span: int = 0
@@ -123,6 +124,8 @@ class Kernel:
     replay      `tokens_reverse`: states recomputed through each chunk, from its entry (start) to a scratch (end)
     sums        values added up over the tokens of a sequence, stored at its end
     kept        per-head inputs that stay in registers for the whole walk
+    levels      which chunks' sums over levels are right: `all`, those of the `near` level only, or the `far` others
+    reach       how far from 0 log decays sum up in a program's chunk: written by the near kernel, read by the far one
     """
 
     name: str
@@ -138,6 +141,13 @@ class Kernel:
     replay: tuple[Carry, ...] = ()
     sums: tuple[Store, ...] = ()
     kept: tuple[str, ...] = ()
+    levels: Literal["all", "near", "far"] = "all"
+    reach: Value | None = None
+
+    @property
+    def tuned_as(self) -> str:
+        """Its name in a Choice: a far kernel has the tiles of its near kernel."""
+        return self.name.removesuffix("_far")
 
     @property
     def roots(self) -> tuple[Node, ...]:
@@ -149,13 +159,15 @@ class Kernel:
     def written(self) -> tuple[Value, ...]:
         """Tensors that it writes."""
         ends = [c.end for c in (*self.carries, *self.replay) if c.end is not None]
-        return (*(s.value for s in (*self.stores, *self.sums)), *ends)
+        reach = [self.reach] if self.reach is not None and self.levels == "near" else []
+        return (*(s.value for s in (*self.stores, *self.sums)), *ends, *reach)
 
     @property
     def read(self) -> tuple[Value, ...]:
         """Tensors of the plan that it reads, beside the caller's inputs."""
         starts = [c.start for c in (*self.carries, *self.replay) if c.start is not None]
-        return (*(load.value for load in self.loads), *starts)
+        reach = [self.reach] if self.reach is not None and self.levels == "far" else []
+        return (*(load.value for load in self.loads), *starts, *reach)
 
     @property
     def walks(self) -> bool:
