@@ -175,7 +175,8 @@ class Addresses:
         slot = self.slot
         if value.parts:
             (axis,) = (identifier(a) for a in self.kernel.tile_sizes)
-            slots = f"(tl.num_programs(0) // (H * tl.cdiv({axis}, B{axis})))"
+            programs = "PROGRAMS" if self.kernel.levels == "far" else "tl.num_programs(0)"
+            slots = f"({programs} // (H * tl.cdiv({axis}, B{axis})))"
             slot = f"(i_{axis}.to(tl.int64) * {slots} + {slot})"
         index = {
             "chunk": f"({slot} * H + i_h)",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.codegen.addresses import identifier
-from lmoe_compiler.codegen.plan import Kernel
+from lmoe_compiler.codegen.plan import LENGTHS, Kernel
 
 SHARED_MEMORY_LIMIT = 232448
 """Bytes of shared memory that one block can have on an H100 or H200."""
@@ -138,7 +138,7 @@ def argument_types(names: Iterable[str], kernel: Kernel, dtype: str) -> dict[str
     """Triton's type of each parameter: lengths, offsets, values by their dtype, everything else as the inputs are."""
     full = {identifier(v.name) for v in (*kernel.read, *kernel.written) if v.dtype == "fp32"}
     types = {name: "*fp32" if name in full else f"*{dtype}" for name in names}
-    types |= {"T": "i32", "N": "i32", "TOKENS": "i32", "cu_seqlens": "*i32"}
+    types |= dict.fromkeys(LENGTHS, "i32") | {"cu_seqlens": "*i32"}
     return {name: types[name] for name in names}
 
 

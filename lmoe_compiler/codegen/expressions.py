@@ -71,14 +71,15 @@ class Expressions(Addresses):
             for n in self.nodes
             if n.op == "level_sum" and id(n) not in self.blocks and id(n) not in self.loads
         ]
-        sums = [n for n in sums if self.inner_split(n) == self.inner_split(first)]
+        alike = lambda n: (self.inner_split(n), id(n) in self.totals)  # noqa: E731
+        sums = [n for n in sums if alike(n) == alike(first)]
         below = {id(n): {id(x) for x in closure(n.args, self.cut)} for n in sums}
         sums = [
             n
             for n in sums
             if n is first or not any(id(m) in below[id(n)] or id(n) in below[id(m)] for m in sums)
         ]
-        for node in closure([n.args[0] for n in sums], self.cut):
+        for node in closure([n.args[0] for n in sums], self.known):
             if not self.in_level(node):
                 self.emit(node)
         totals = [self.totals.get(id(n)) or self.zeros(self.dims_of(n)) for n in sums]
@@ -215,8 +216,8 @@ class Expressions(Addresses):
         return self.assign("", pointwise(node, texts), dims, kind)
 
     def once(self, node: Node, operand: Node, text: str) -> str:
-        """A whole operand added to a part counts in the first tile only."""
-        for axis, found in self.splits:
+        """A whole operand added to a part counts in the first tile only. (Sums over an inner axis are complete.)"""
+        for axis, found in self.splits[: len(self.kernel.tiles)]:
             if node.op in ("add", "sub") and found[node] == "part" and found[operand] == "whole":
                 text = f"tl.where(i_{identifier(axis)} == 0, {text}, 0.0)"
         return text

@@ -22,7 +22,7 @@ from torch import Tensor
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.load import load_module
-from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
+from lmoe_compiler.codegen.plan import FAR, Kernel, Plan, Value, padded
 from lmoe_compiler.codegen.triton import function_name, print_module
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -288,10 +288,13 @@ class Executable:
                 slots.append(place["cu_seqlens"])
                 numbers.append(extent.sequences)
             numbers += [tokens] if launcher.needs_tokens else []
+            grid = programs(kernel, self.plan, extent)
+            if kernel.levels == "far":
+                numbers.append(grid)
+                grid = -(-grid // FAR)
             numbers.append(extent.length)
             written = kernel.written if kernel.levels != "near" else ()
             parts = [place[identifier(v.name)] for v in written if v.parts]
-            grid = programs(kernel, self.plan, extent)
             if grid:
                 constants = tuple(launcher.constants.values())
                 launches.append(

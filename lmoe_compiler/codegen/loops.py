@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.addresses import INDENT, identifier
 from lmoe_compiler.codegen.expressions import LATER, Expressions
-from lmoe_compiler.codegen.plan import WALKS, Carry, Store, Value
+from lmoe_compiler.codegen.plan import FAR, WALKS, Carry, Store, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
     Block,
@@ -15,15 +15,12 @@ from lmoe_compiler.codegen.statements import (
 from lmoe_compiler.ir.nodes import ROW, Node
 
 
-AFTER_LOOP = frozenset("neg rename add sub causal diagonal".split())
-
-
 class Loops(Expressions):
     """Prints the body of a kernel by its order: a scan, one chunk, or one token."""
 
     def print_indices(self) -> None:
         kernel, varlen = self.kernel, self.plan.varlen
-        self.write("i_p = tl.program_id(0)")
+        self.write(f"i_p = {'i_far' if kernel.levels == 'far' else 'tl.program_id(0)'}")
         for axis in kernel.tile_sizes:
             a = identifier(axis)
             self.write(f"i_{a} = i_p % tl.cdiv({a}, B{a})")
@@ -109,7 +106,8 @@ class Loops(Expressions):
 
         Sums over levels fill the registers: what they do not read is loaded after them.
         """
-        self.print_reach()
+        if self.kernel.levels == "near":
+            self.write("b_reach = tl.full([], 0.0, tl.float32)")
         self.print_rows()
         sums = [n for n in self.nodes if n.op == "level_sum" and n not in self.cut]
         early = closure(sums, self.cut) if sums else self.nodes
@@ -125,37 +123,48 @@ class Loops(Expressions):
         for store in stores:
             self.store(store.node, store.value)
         if self.kernel.levels == "near":
-            self.write(f"tl.store({self.reach_of_program}, b_reach)")
+            self.write(f"tl.store({self.reach} + tl.program_id(0), b_reach)")
         return self.lines
 
-    def print_reach(self) -> None:
-        if self.kernel.levels == "near":
-            self.write("b_reach = tl.full([], 0.0, tl.float32)")
-        elif self.kernel.levels == "far":
-            self.write(f"if tl.load({self.reach_of_program}) <= NEAR:")
-            self.write("    return")
-
     @property
-    def reach_of_program(self) -> str:
+    def reach(self) -> str:
         assert self.kernel.reach is not None
         name = identifier(self.kernel.reach.name)
         self.args[name] = self.kernel.reach
-        return f"{name} + tl.program_id(0)"
+        return name
+
+    def print_far(self, lines: Sequence[str]) -> list[str]:
+        """`lines`, of one program of the near kernel, for each of `FAR` whose chunk it did not do."""
+        self.constants["FAR"] = FAR
+        self.lines, self.depth = [], 1
+        self.write("i_far = tl.program_id(0) * FAR + tl.arange(0, FAR)")
+        self.write(
+            f"b_reach = tl.load({self.reach} + i_far, mask=i_far < PROGRAMS, other=0.0)  # [FAR]"
+        )
+        self.write("if tl.max(b_reach, 0) <= NEAR:")
+        self.write("    return")
+        self.write("i_first = tl.program_id(0) * FAR")
+        self.write("for i_far in range(i_first, tl.minimum(i_first + FAR, PROGRAMS)):")
+        self.write(f"    if tl.load({self.reach} + i_far) > NEAR:")
+        return [*self.lines, *(2 * INDENT + line for line in lines)]
 
     def print_tiles(self, stores: Sequence[Store]) -> list[Store]:
-        """The loop over the inner axis: stores of tiles inside it, sums of parts kept; the stores that remain."""
+        """The loop over the inner axis: contractions over it and stores of tiles; the stores that remain.
+
+        What follows from the sums is linear in them, and is computed once, after the loop.
+        """
         kind = self.inner_split
-        users = [n for n in self.nodes if kind(n) in ("tile", "part")]
-        for node in self.nodes:
-            if kind(node) == "whole" and any(node in u.args for u in users if u not in self.cut):
-                if not self.in_level(node):
-                    self.emit(node)
-        needed = {a for n in self.nodes if kind(n) == "late" and n not in self.cut for a in n.args}
-        needed |= {s.node for s in stores}
-        parts = [n for n in self.nodes if kind(n) == "part" and n in needed]
-        parts = list(dict.fromkeys(term for n in parts for term in self.terms(n)))
+        tiles = [s for s in stores if kind(s.node) == "tile"]
+        rest = [s for s in stores if kind(s.node) != "tile"]
+        parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
+        walked = closure([*parts, *(s.node for s in tiles)], self.cut)
+        users = [n for n in walked if kind(n) in ("tile", "part") and n not in self.cut]
+        operands = {a for n in users for a in n.args}
+        for node in walked:
+            if kind(node) == "whole" and node in operands and not self.in_level(node):
+                self.emit(node)
         totals = {node: self.zeros(self.dims_of(node)) for node in parts}
-        sums = [n for n in parts if n.op == "level_sum" and n not in self.cut]
+        sums = [n for n in parts if n.op == "level_sum"]
         self.totals = {id(n): totals[n] for n in sums}
         outside, casts = dict(self.blocks), dict(self.casts)
         ((axis, _),) = self.kernel.inner
@@ -163,16 +172,15 @@ class Loops(Expressions):
         self.write(f"for i_{a} in range(0, tl.cdiv({a}, B{a})):")
         self.depth += 1
         self.print_axis(axis)
-        for node in self.nodes:
+        for node in walked:
             if self.is_load(node) and kind(node) == "tile":
                 self.emit(node)
         for node, total in totals.items():
             block = self.emit(node)
             if id(node) not in self.totals:
                 self.write(f"{total.text} += {self.broadcast(block, total.dims)}")
-        for store in stores:
-            if kind(store.node) == "tile":
-                self.store(store.node, store.value)
+        for store in tiles:
+            self.store(store.node, store.value)
         self.depth -= 1
         for node in sums:
             if node.args[0].op == "pairs" and self.kernel.levels != "far":
@@ -181,21 +189,16 @@ class Loops(Expressions):
         self.blocks.clear()
         self.blocks.update(outside | {id(n): t for n, t in totals.items()})
         self.casts = casts
-        return [s for s in stores if kind(s.node) != "tile"]
+        return rest
 
-    def terms(self, part: Node) -> list[Node]:
-        """The sums over an inner axis that `part` is a linear function of: they are added up, and it follows once."""
-        kinds = [self.inner_split(a) for a in part.args]
-        linear = part.op in AFTER_LOOP and all(kind == "part" for kind in kinds)
-        linear |= part.op == "mul" and sorted(kinds) == ["part", "whole"]
-        if part in self.cut or not linear:
-            return [part]
-        return [
-            term
-            for a, kind in zip(part.args, kinds, strict=True)
-            if kind == "part"
-            for term in self.terms(a)
-        ]
+    def is_contraction(self, node: Node) -> bool:
+        """Whether the loop over the inner axis adds this up: a contraction over it, or over levels of such ones."""
+        if self.inner_split(node) != "part" or node in self.levels or node in self.cut:
+            return False
+        if node.op == "level_sum":
+            inside = [n for n in closure(node.args, self.cut) if n in self.levels]
+            return any(self.inner_split(a) == "tile" for n in inside for a in n.args)
+        return any(self.inner_split(a) == "tile" for a in node.args)
 
     def print_step(self) -> list[str]:
         for carry in self.kernel.carries:

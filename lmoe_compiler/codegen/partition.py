@@ -119,8 +119,8 @@ class Partition:
             for s in stores
         ]
         inner = (
-            self.inner(nodes, cut, stores, tuning.inner)
-            if order == "parallel" and not tiles
+            self.inner(nodes, cut, [axis for axis, _ in tiles], tuning.inner)
+            if order == "parallel"
             else ()
         )
         kernel = Kernel(
@@ -174,16 +174,14 @@ class Partition:
         return tuple(tiles), parts
 
     def inner(
-        self, nodes: Sequence[Node], cut: Mapping[Node, Value], stores: Sequence[Store], block: int
+        self, nodes: Sequence[Node], cut: Mapping[Node, Value], tiled: Sequence[str], block: int
     ) -> tuple[tuple[str, int], ...]:
         """The axis that programs walk in tiles: keys first, for products over them are what fills registers."""
         sizes = dict(self.call.sizes)
-        levels = inside_levels(nodes)
-        for axis in dict.fromkeys(a for var in self.program.states for a in var.axes):
+        axes = dict.fromkeys(a for var in self.program.states for a in var.axes)
+        for axis in (a for a in axes if a not in tiled):
             found = split(nodes, axis, cut, looped=True)
-            if not block or padded(sizes[axis]) <= block or found is None:
-                continue
-            if "part" in found.values() and not any(found[n] == "late" for n in levels):
+            if block and padded(sizes[axis]) > block and found and "part" in found.values():
                 return ((axis, block),)
         return ()
 

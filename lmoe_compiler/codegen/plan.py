@@ -212,6 +212,12 @@ class Plan:
         return dict(self.sizes)
 
 
+LENGTHS = ("N", "TOKENS", "PROGRAMS", "T")
+"""Parameters of kernels that are numbers, not addresses: they differ from call to call."""
+
+FAR = 8
+"""Programs of a near kernel that one program of its far kernel looks after: most have nothing to do but end."""
+
 KEPT_SPAN = 1024
 """Tokens between the states that a forward keeps, so that its backward starts from all of them at once."""
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import identifier
-from lmoe_compiler.codegen.plan import Kernel, Plan, padded
+from lmoe_compiler.codegen.plan import LENGTHS, Kernel, Plan, padded
 from lmoe_compiler.codegen.statements import (
     DEVICE_FUNCTIONS,
 )
@@ -32,22 +32,25 @@ class KernelPrinter(Walk):
         body = prints.get(self.kernel.order, self.print_scan)()
         self.lines, self.depth = [], 1
         self.print_indices()
-        head = self.lines
+        lines = [*self.lines, *body]
+        far = self.kernel.levels == "far"
+        if far:
+            lines = self.print_far(lines)
         params = [*self.args]
         params += ["cu_seqlens", "N"] if self.plan.varlen else []
         constants = self.constant_names()
         params += ["TOKENS"] if self.needs_tokens else []
+        params += ["PROGRAMS"] if far else []
         signature = ", ".join([*params, "T"])
         constexprs = ", ".join(f"{c}: tl.constexpr" for c in constants)
-        skip = ", ".join(f'"{p}"' for p in [*params, "T"] if p in ("N", "TOKENS", "T"))
+        skip = ", ".join(f'"{p}"' for p in [*params, "T"] if p in LENGTHS)
         return [
             f"@triton.jit(do_not_specialize=[{skip}])",
             f"def {function}(",
             f"    {signature},",
             f"    {constexprs},",
             "):",
-            *head,
-            *body,
+            *lines,
         ]
 
     def constant_names(self) -> dict[str, int | str]:
