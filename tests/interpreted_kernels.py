@@ -40,6 +40,8 @@ PLANS = {
     "whole": WHOLE,
     "prepared": PREPARED,
     "spans": replace(PREPARED, span=32),
+    "sections": replace(PREPARED, section=32),
+    "spans and sections": replace(PREPARED, span=32, section=64),
     "tiles": replace(PREPARED, kernels=(("gradients", Tuning(block=16)),)),
     "inner": replace(
         PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))

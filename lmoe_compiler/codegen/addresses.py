@@ -116,10 +116,11 @@ class Addresses:
         return " * ".join("C" if a == SOURCE else identifier(self.axis(a)) for a in axes) or "1"
 
     def row_block(
-        self, pointer: str, axes: Sequence[str], heads: str, head: str
+        self, pointer: str, axes: Sequence[str], heads: str, head: str, whole: bool
     ) -> tuple[str, str, tuple[str, ...]]:
         """Pointers [C, *axes] of the rows of this chunk, the mask, and the dimensions."""
         width, (row, mask) = self.width(axes), self.at
+        row = row.replace("i_t", "i_t_all") if whole and self.sectioned else row
         for a in axes:
             if a != SOURCE:
                 self.axes_used[self.axis(a)] = None
@@ -160,6 +161,11 @@ class Addresses:
         """Whether addresses depend on the number of tokens of the whole call."""
         return any(v.parts or v.per == "vector" for v in self.values())
 
+    @property
+    def sectioned(self) -> bool:
+        """Whether a launch is of one section, tokens T_0 to T_0 + T of T_ALL."""
+        return bool(self.plan.passed)
+
     def values(self) -> Iterable[Value]:
         return (*self.kernel.written, *self.kernel.read)
 
@@ -167,28 +173,39 @@ class Addresses:
         if value.per == "row":
             if value.parts:
                 (axis,) = self.kernel.tile_sizes
-                name = f"{name} + i_{identifier(axis)}.to(tl.int64) * TOKENS * (H * ({self.width(value.axes)}))"
-            return self.row_block(name, value.axes, "H", "i_h")
+                tokens = "TOKENS"
+                if value.whole and self.sectioned:
+                    tokens = "(TOKENS // T) * T_ALL"
+                name = f"{name} + i_{identifier(axis)}.to(tl.int64) * {tokens} * (H * ({self.width(value.axes)}))"
+            return self.row_block(name, value.axes, "H", "i_h", value.whole)
         if value.per == "vector":
             row, mask = self.at
             return f"{name} + i_h.to(tl.int64) * TOKENS + {row} + o_t", mask, (ROW,)
-        slot = self.slot
+        slot, whole = self.slot, value.whole and self.sectioned
+        if whole and value.per == "chunk":
+            slot = "(i_n.to(tl.int64) * tl.cdiv(T_ALL, C) + T_0 // C + i_c)"
         if value.parts:
             (axis,) = (identifier(a) for a in self.kernel.tile_sizes)
             programs = "PROGRAMS" if self.kernel.levels == "far" else "tl.num_programs(0)"
             slots = f"({programs} // (H * tl.cdiv({axis}, B{axis})))"
+            slots = f"{slots} // n_c * tl.cdiv(T_ALL, C)" if whole else slots
             slot = f"(i_{axis}.to(tl.int64) * {slots} + {slot})"
         index = {
             "chunk": f"({slot} * H + i_h)",
             "sequence": "(i_n.to(tl.int64) * H + i_h)",
-            "span": f"(({self.first_slot(value.span)} + {self.span_index(value)}).to(tl.int64) * H + i_h)",
+            "span": f"(({self.first_slot(value)} + {self.span_index(value)}).to(tl.int64) * H + i_h)",
             "head": "i_h",
         }[value.per]
         return self.state_block(name, index, value.axes)
 
-    def first_slot(self, tokens: int) -> str:
-        """The first slot of this sequence among all sequences' parts of so many tokens."""
-        return f"bos // {tokens} + i_n" if self.plan.varlen else f"i_n * tl.cdiv(T, {tokens})"
+    def first_slot(self, value: Value) -> str:
+        """The first slot of this sequence (and section) among all sequences' spans."""
+        tokens = value.span
+        if self.plan.varlen:
+            return f"bos // {tokens} + i_n"
+        if value.whole and self.sectioned:
+            return f"i_n * tl.cdiv(T_ALL, {tokens}) + T_0 // {tokens}"
+        return f"i_n * tl.cdiv(T, {tokens})"
 
     def span_index(self, value: Value) -> str:
         """Which span of its sequence a program reads or writes: its own, or the one that a chunk lies in."""
@@ -223,7 +240,7 @@ class Addresses:
                 index = f"({self.token} * {heads} + {head})"
             pointers, mask, dims = self.state_block(name, index, axes)
             return self.assign(name, self.load_text(pointers, mask), dims, "raw")
-        pointers, mask, dims = self.row_block(name, axes, heads, head)
+        pointers, mask, dims = self.row_block(name, axes, heads, head, whole=True)
         return self.assign(name, self.load_text(pointers, mask), dims, "raw")
 
     def is_token(self, node: Node) -> bool:

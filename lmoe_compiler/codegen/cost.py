@@ -17,7 +17,7 @@ import sympy
 
 from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.partition import Call
-from lmoe_compiler.codegen.plan import Choice, Kernel, Plan, Tuning, Value
+from lmoe_compiler.codegen.plan import KEPT_SPAN, Choice, Kernel, Plan, Tuning, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Read, Step, topological
 
@@ -177,29 +177,25 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     chunk = 32 if solves or vector or cancel or largest > 128 else 64
     stages = 3 if chunk == 32 else 2
     few = solves and _programs(call, batch, 64) < device().sms
+    section = _section(call, batch, length, chunk) if direction == "backward" else 0
     return Choice(
         chunk=chunk,
-        span=_span(call, batch, length) if may_cut(program) else 0,
+        span=_span(call, batch, section or length) if may_cut(program) else 0,
+        section=section,
         prepare=solves or vector,
         prepare_rows=vector,
         products=solves,
         default=Tuning(block=64, num_warps=4, num_stages=stages),
         kernels=(
-            ("prepare", _prepare(solves, vector)),
+            ("prepare", Tuning(0, 0, 1, 1, inner=16 if vector else 0)),
             ("spans", Tuning(64, 0, 4, 3)),
             ("adjoint_spans", Tuning(64, 0, 4, 3)),
-            ("adjoint", Tuning(32 if few else 64, 0, 4, stages)),
+            ("adjoint", Tuning(32, 0, 4, 4) if few else Tuning(64, 0, 4, stages)),
             ("states", Tuning(64, 0, 4, 3 if solves or vector else 2)),
             ("products", Tuning(0, 0, 4, 1)),
-            ("gradients", _gradients(solves, vector, cancel)),
+            ("gradients", _gradients(steps, cancel)),
         ),
     )
-
-
-def _prepare(solves: bool, vector: bool) -> Tuning:
-    if vector:
-        return Tuning(0, 0, 2, 1, inner=32) if solves else Tuning(0, 0, 1, 1, inner=16)
-    return Tuning(0, 0, 1, 1)
 
 
 def normalised(program: Program) -> bool:
@@ -213,13 +209,16 @@ def normalised(program: Program) -> bool:
     )
 
 
-def _gradients(solves: bool, vector: bool, cancel: bool) -> Tuning:
-    """Tiles of keys: over programs where levels fill the registers, else in a loop that shares the [C, C] products."""
+def _gradients(steps: Sequence[Step], cancel: bool) -> Tuning:
+    """Small tiles of keys in a loop where the contractions over values are done; else tiles of keys, values in a loop."""
     if cancel:
         return Tuning(0, 0, 8, 1, full=True)
-    if vector:
-        return Tuning(32, 0, 2, 1) if solves else Tuning(64, 0, 4, 1)
-    return Tuning(0, 0, 1, 1, inner=32) if solves else Tuning(0, 0, 4, 2, inner=64)
+    vector = any(d.factor.axes for s in steps for d in s.decays)
+    if any(s.feedbacks for s in steps):
+        return Tuning(0, 0, 2 if vector else 1, 1, inner=16)
+    if any(s.decays for s in steps) and not vector:
+        return Tuning(0, 0, 4, 2, inner=64)
+    return Tuning(64, 0, 4, 3, inner=32)
 
 
 def _full_precision(solves: bool, vector: bool) -> Choice:
@@ -243,6 +242,22 @@ def _steps(program: Program) -> list[Step]:
 def may_cut(program: Program) -> bool:
     """Whether a sequence may be cut into spans: the map of one must be a scalar or a diagonal."""
     return not any(s.feedbacks for s in _steps(program))
+
+
+SECTIONED = 256 * 2**20
+"""Bytes of states from which on a backward goes section by section."""
+
+
+def _section(call: Call, batch: int, length: int, chunk: int) -> int:
+    """Tokens of sections whose scans just fill the SMs, one program for each KEPT_SPAN tokens."""
+    sizes = dict(call.sizes)
+    states = 4 * batch * call.heads * length // chunk * sizes.get("K", 1) * sizes.get("V", 1)
+    if states < SECTIONED:
+        return 0
+    section = KEPT_SPAN
+    while 1.1 * _programs(call, batch, 64) * section // KEPT_SPAN < device().sms:
+        section *= 2
+    return section if section < length else 0
 
 
 def _programs(call: Call, batch: int, tile: int) -> int:

@@ -31,7 +31,8 @@ def header(plan: Plan) -> list[str]:
 
 def lines(plan: Plan) -> Iterator[str]:
     """One line a kernel: how it walks the chunks, what it carries, loads and stores, and its configuration."""
-    yield f"chunks of {plan.chunk} tokens, {len(plan.kernels)} kernels"
+    sections = f", sections of {plan.choice.section} tokens" if plan.passed else ""
+    yield f"chunks of {plan.chunk} tokens, {len(plan.kernels)} kernels{sections}"
     for kernel in plan.kernels:
         loads = _names(load.value.name for load in kernel.loads)
         stores = _names(store.value.name for store in kernel.stores)

@@ -40,7 +40,7 @@ class Loops(Expressions):
             self.write("i_slot = (i_p // H).to(tl.int64)")
             self.write("i_n = i_p // H // n_c")
             self.write("i_c = i_p // H % n_c")
-            self.write("bos = i_n.to(tl.int64) * T")
+            self.print_first_rows()
         if kernel.order not in ("step", *WALKS):
             self.write("o_t = tl.arange(0, C)")
         for axis in self.axes_used:
@@ -91,14 +91,21 @@ class Loops(Expressions):
     def print_sequence(self) -> None:
         if not self.plan.varlen:
             self.write("n_c = tl.cdiv(T, C)")
-            self.write("bos = i_n.to(tl.int64) * T")
+            self.print_first_rows()
             return
         self.write("bos = tl.load(cu_seqlens + i_n).to(tl.int64)")
         self.write("T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)")
         self.write("n_c = tl.cdiv(T, C)")
 
+    def print_first_rows(self) -> None:
+        self.write("bos = i_n.to(tl.int64) * T")
+        if self.sectioned:
+            self.write("bos_all = i_n.to(tl.int64) * T_ALL + T_0")
+
     def print_rows(self) -> None:
         self.write("i_t = bos + i_c * C")
+        if self.sectioned:
+            self.write("i_t_all = bos_all + i_c * C")
         self.write("m_t = i_c * C + o_t < T")
 
     def print_parallel(self) -> list[str]:
@@ -288,6 +295,8 @@ class Loops(Expressions):
             return
         self.write(f"i_ahead = i_c {'-' if reverse else '+'} 1")
         self.write("i_t_ahead = bos + i_ahead * C")
+        if self.sectioned:
+            self.write("i_t_all_ahead = bos_all + i_ahead * C")
         self.write("m_t_ahead = (i_ahead >= 0) & (i_ahead * C + o_t < T)")
         if self.slots_used:
             self.print_slot("i_slot_ahead", self.inside("i_ahead"))

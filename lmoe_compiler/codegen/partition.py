@@ -25,6 +25,7 @@ from lmoe_compiler.codegen.plan import (
     Kernel,
     Load,
     Order,
+    Passed,
     Plan,
     Store,
     Value,
@@ -94,6 +95,7 @@ class Partition:
     call: Call
     kernels: list[Kernel] = field(default_factory=list)
     stored: dict[Node, Value] = field(default_factory=dict)
+    passed: tuple[Passed, ...] = ()
 
     def add(
         self,
@@ -251,6 +253,7 @@ class Partition:
             self.call.input_heads,
             self.call.dtype,
             self.call.varlen,
+            self.passed,
         )
 
 
@@ -275,7 +278,7 @@ def _initial(var: Var, present: bool) -> Value | None:
 
 def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     """prepare (if chosen, or if there is a solve) and one fused scan."""
-    program = chunk.program
+    program, choice = chunk.program, replace(choice, section=0)
     roots = to_tiles(
         [chunk.output, *chunk.next_states], dict(call.sizes), _values(program), call.exact
     )
@@ -335,6 +338,7 @@ def _leaves(nodes: Iterable[Node]) -> dict[str, Node]:
 
 def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     """prepare, states, adjoint, gradients (the last two fused if chosen)."""
+    choice = replace(choice, section=0) if call.varlen else choice
     forward, program = adjoint.forward, adjoint.forward.program
     count = len(program.inputs)
     roots = to_tiles(
@@ -382,15 +386,20 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     if entries or results:
         part.add("states", "forward", carries, [*entries, *_results(results, "y")], kept[0].span)
 
+    passed = [_passed(var) for var in program.states]
+    if choice.section:
+        part.passed = tuple(passed)
     backward = [
         carried(
             var,
             gradient_name(var),
             node,
-            Value(f"d{var.name}_end", var.axes, "sequence", "fp32") if given else None,
-            Value(f"d{var.name}_start", var.axes, "sequence", "fp32") if call.has_initial else None,
+            through.into if choice.section else through.given if given else None,
+            through.out if choice.section else through.result if call.has_initial else None,
         )
-        for var, node, given in zip(program.states, before, call.has_final_gradient, strict=True)
+        for var, node, through, given in zip(
+            program.states, before, passed, call.has_final_gradient, strict=True
+        )
     ]
     outputs = [
         _gradient(program, var, grad) for var, grad in zip(program.inputs, grads, strict=True)
@@ -419,6 +428,12 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         part.add("products", "parallel", (), stores)
     part.add("gradients", "parallel", (), late)
     return part.plan("backward")
+
+
+def _passed(var: Var) -> Passed:
+    """A state's gradient: from the end of the call to its start, or from one section to the one before it."""
+    names = ("after", "before", "end", "start")
+    return Passed(*(Value(f"d{var.name}_{n}", var.axes, "sequence", "fp32") for n in names))
 
 
 def _fits_scan(
@@ -476,5 +491,5 @@ def _results(nodes: Sequence[Node], name: str) -> list[Store]:
 def _gradient(program: Program, var: Var, node: Node) -> Store:
     """Token gradients have a row per token; those of head parameters are one partial sum per chunk."""
     if var.kind == "token":
-        return Store(node, Value(f"d{var.name}", var.axes, "row", "given"))
-    return Store(node, Value(f"d{var.name}", var.axes, "chunk", "fp32"))
+        return Store(node, Value(f"d{var.name}", var.axes, "row", "given", whole=True))
+    return Store(node, Value(f"d{var.name}", var.axes, "chunk", "fp32", whole=True))

@@ -6,7 +6,7 @@ A `Choice` is what the cost model picks (cost.py); `partition.py` turns a tile g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lmoe_compiler.ir.nodes import Node, Program
@@ -38,6 +38,8 @@ class Choice:
 
     chunk      rows of one chunk
     span       tokens of the parts that each sequence is cut into, scanned side by side (0: not cut); a power of two
+    section    backward only: tokens of each sequence whose states are in memory at a time, from the end (0: all); a
+               multiple of KEPT_SPAN
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
     products   backward only: contractions over the values' axis in a kernel of their own
@@ -47,6 +49,7 @@ class Choice:
 
     chunk: int = 64
     span: int = 0
+    section: int = 0
     prepare: bool = False
     prepare_rows: bool = False
     products: bool = False
@@ -72,6 +75,7 @@ class Value:
     per program   [programs], one number
 
     With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it.
+    A value of the `whole` call comes from the caller or goes to it; others are of one section where there are any.
     """
 
     name: str
@@ -80,6 +84,17 @@ class Value:
     dtype: Literal["dot", "fp32", "given"] = "dot"
     parts: int = 0
     span: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A carried value between sections: `out` of one is `into` the next. The first starts as `given`, or zero."""
+
+    into: Value
+    out: Value
+    given: Value
+    result: Value
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,7 @@ class Plan:
     input_heads: tuple[tuple[str, int], ...]
     dtype: str
     varlen: bool
-    ordered: tuple[str, ...] = field(default=())
+    passed: tuple[Passed, ...] = ()
 
     @property
     def chunk(self) -> int:
@@ -212,7 +227,7 @@ class Plan:
         return dict(self.sizes)
 
 
-LENGTHS = ("N", "TOKENS", "PROGRAMS", "T")
+LENGTHS = ("N", "TOKENS", "PROGRAMS", "T_0", "T_ALL", "T")
 """Parameters of kernels that are numbers, not addresses: they differ from call to call."""
 
 FAR = 8
@@ -225,7 +240,7 @@ KEPT_SPAN = 1024
 def kept_states(program: Program) -> tuple[Value, ...]:
     """What the forward stores of each state for the backward: its value at the start of every span."""
     return tuple(
-        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN)
+        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN, whole=True)
         for var in program.states
     )
 

@@ -41,6 +41,7 @@ class KernelPrinter(Walk):
         constants = self.constant_names()
         params += ["TOKENS"] if self.needs_tokens else []
         params += ["PROGRAMS"] if far else []
+        params += ["T_0", "T_ALL"] if self.sectioned else []
         signature = ", ".join([*params, "T"])
         constexprs = ", ".join(f"{c}: tl.constexpr" for c in constants)
         skip = ", ".join(f'"{p}"' for p in [*params, "T"] if p in LENGTHS)
