@@ -81,8 +81,6 @@ def choose(
     if wanted == "torch" or (wanted == "auto" and inputs[0].device.type != "cuda"):
         return _function(TORCH, function)
     reason = kernels_or_reason(function, program, inputs, options)
-    if not isinstance(reason, str) and wanted == "auto":
-        reason = reason.unproved(program) or reason
     if not isinstance(reason, str):
         return _function(TRITON, function)
     if wanted == "triton":

@@ -221,7 +221,9 @@ def test_gradients_need_no_final_state(case):
     torch.testing.assert_close(output, same, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "gla", "gated_delta_rule", "kda"])
+@pytest.mark.parametrize(
+    "name", ["linear_attention", "simple_gla", "gla", "gated_delta_rule", "kda"]
+)
 def test_sections_change_nothing(name, monkeypatch):
     """A backward that goes section by section (the last one ragged), with states given and asked for."""
     inputs, states = prepared(BY_NAME[name], Sizes(2, 2500, 2, 64, 64), half)

@@ -116,7 +116,9 @@ class Launcher:
             with overflowing():
                 compiled = self.function[(grid,)](*args, **self.constants, **self.options)
         except OutOfResources as error:
-            raise DoesNotFit(self.kernel.tuned_as, error.name, error.required, error.limit) from None
+            raise DoesNotFit(
+                self.kernel.tuned_as, error.name, error.required, error.limit
+            ) from None
         if keep and not interpreting():
             self.compiled[device] = compiled
 

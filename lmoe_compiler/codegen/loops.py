@@ -191,8 +191,8 @@ class Loops(Expressions):
         self.depth -= 1
         for node in sums:
             if node.args[0].op == "pairs" and self.kernel.levels != "far":
-                total = totals[node].text
-                self.write(f"{total} = tl.where({LATER}, {total}, 0.0)")
+                name = totals[node].text
+                self.write(f"{name} = tl.where({LATER}, {name}, 0.0)")
         self.blocks.clear()
         self.blocks.update(outside | {id(n): t for n, t in totals.items()})
         self.casts = casts

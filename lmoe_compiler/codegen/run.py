@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmoe_compiler import layout
 from lmoe_compiler.codegen import compiled
-from lmoe_compiler.codegen.compiled import chunk_of, forget, report
+from lmoe_compiler.codegen.compiled import forget, report
 from lmoe_compiler.codegen.gradients import cast, gathered
 from lmoe_compiler.codegen.launch import Extent, interpreting
 from lmoe_compiler.codegen.names import printable
@@ -26,7 +26,7 @@ from lmoe_compiler.lower import spans
 
 __all__ = [
     "forget", "report", "saved", "scan", "scan_backward", "source", "span_map", "span_map_backward",
-    "step", "step_", "unproved", "unsupported",
+    "step", "step_", "unsupported",
 ]  # fmt: skip
 
 Tensors = Sequence[Tensor]
@@ -43,16 +43,6 @@ def scan(
     o, *rest = _run("forward", program, inputs, states, cu_seqlens, options)
     finals, kept = rest[: len(program.states)], rest[len(program.states) :]
     return cast(o, inputs[layout.first_token(program)].dtype), finals, kept
-
-
-def unproved(program: Program) -> str | None:
-    """Why `auto` does not take the kernels of a program although there are some, or None."""
-    if chunk_of(printable(program)) is not None:
-        return None
-    return (
-        "it has no chunk form, and its sequential kernels have not passed their tests on a device yet "
-        '(implementation="triton" runs them)'
-    )
 
 
 def saved(

@@ -26,7 +26,9 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.names: dict[str, Node] = {}
         whole = text.replace(r"\n", "\n")  # of `one_line`
-        rows = [(i, row) for i, row in enumerate(whole.splitlines(), 1) if row.split("#")[0].strip()]
+        rows = [
+            (i, row) for i, row in enumerate(whole.splitlines(), 1) if row.split("#")[0].strip()
+        ]
         self.lines = [Line(i, row, self.names) for i, row in rows]
         if not self.lines:
             self.lines = [Line(1, "", self.names)]
