@@ -16,7 +16,7 @@ from lmoe_compiler.codegen import compiled, cost, fit, launch, run, stepping
 from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.config import Options
-from lmoe_compiler.errors import FallbackWarning, ImplementationUnavailable
+from lmoe_compiler.errors import ImplementationUnavailable
 from lmoe_compiler.layout import Spec
 from lmoe_compiler.lower.chunk import build
 from lmoe_compiler.models import RECURRENCES

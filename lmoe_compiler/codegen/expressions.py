@@ -19,7 +19,6 @@ from lmoe_compiler.codegen.statements import (
 from lmoe_compiler.codegen.tile import LEVEL_OPS
 from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
 
-
 WHOLE = "whole"
 LATER = "o_t[:, None] > o_t[None, :]"
 

@@ -114,7 +114,7 @@ CHUNK_OPS = frozenset(
     "prefix suffix segment between causal inverse pairs diagonal diagonal_of level_sums level_gather".split()
 )
 DEVICE_FUNCTIONS = (
-    "log1p softplus logsigmoid tanh sign isfinite power running_sum running_suffix exclusive_prefix exclusive_suffix segment_sums "
-    "between "
+    "log1p softplus logsigmoid tanh sign isfinite power running_sum running_suffix exclusive_prefix exclusive_suffix "
+    "segment_sums between "
     "level_sums level_gather level_sign reach first_near pairs on_diagonal diagonal_of inverse_unit_lower find_sequence"
 ).split()
