@@ -32,13 +32,13 @@ scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 war
 chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
 prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
-prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701), with solves 421 (2 warps 540)
+prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701); with solves 421 (540)
 near and far kernels           apart 289 + 3, in one kernel 529 (prepare of GLA); gradients of KDA 1856 -> 1040
 products, solves               values contracted apart: 617 + 433 against 1496; in tiles of keys or values 827 to 2584
 gradients, solves              1 warp walks tiles of 16 keys (450; of 32 479; 4 warps 715)
 gradients, solves and levels   2 warps walk tiles of 16 keys (1040; 1 warp 1800; of 32 1416)
-gradients, diagonal            tiles of 64 keys, values in a loop of 3 stages and tiles of 32: 1075 (not in a loop 1122)
-gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474); scalar decay: whole keys 511 (608)
+gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
+gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474); scalar decay, whole keys: 511
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 3 stages 847)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
@@ -183,7 +183,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     cancel = normalised(program)
     chunk = 32 if solves or vector or cancel or largest > 128 else 64
     stages = 3 if chunk == 32 else 2
-    few = solves and _programs(call, batch, 64) < device().sms
+    few = solves and not _fills(_programs(call, batch, 64))
     section = _section(call, batch, length, chunk, solves) if direction == "backward" else 0
     return Choice(
         chunk=chunk,
@@ -217,7 +217,7 @@ def normalised(program: Program) -> bool:
 
 
 def _gradients(steps: Sequence[Step], cancel: bool) -> Tuning:
-    """A loop over small tiles of keys where contractions over values are done; else tiles of keys, a loop over values."""
+    """A loop over small tiles of keys where contractions over values are done; else a loop over values."""
     if cancel:
         return Tuning(0, 0, 8, 1, full=True)
     vector = any(d.factor.axes for s in steps for d in s.decays)
@@ -269,7 +269,13 @@ def _programs(call: Call, batch: int, tile: int) -> int:
     return batch * call.heads * -(-dict(call.sizes).get("V", tile) // tile)
 
 
+def _fills(programs: int) -> bool:
+    """Whether so many programs keep the SMs busy, one on each."""
+    return 1.1 * programs >= device().sms
+
+
 def _span(call: Call, batch: int, length: int) -> int:
-    """Tokens of spans that just fill the SMs with two blocks each, at least 1024."""
-    spans = min(2 * device().sms // _programs(call, batch, 64), length // 1024)
+    """Tokens of spans that just fill the SMs with two blocks each, at least 1024; 0 where the SMs are full without."""
+    programs = _programs(call, batch, 64)
+    spans = 1 if _fills(programs) else min(2 * device().sms // programs, length // 1024)
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0
