@@ -39,8 +39,10 @@ gradients, solves              1 warp walks tiles of 16 keys (450; of 32 479; 4 
 gradients, solves and levels   2 warps walk tiles of 16 keys (1040; 1 warp 1800; of 32 1416)
 gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
 gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474); scalar decay, whole keys: 511
-adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 3 stages 847)
+adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
+spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs. A scalar
+                               decay is cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86 (whole 134)
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
 fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
@@ -187,7 +189,7 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     section = _section(call, batch, length, chunk, solves) if direction == "backward" else 0
     return Choice(
         chunk=chunk,
-        span=_span(call, batch, section or length) if may_cut(program) else 0,
+        span=_span(call, batch, section or length, vector) if may_cut(program) else 0,
         section=section,
         prepare=solves or vector,
         prepare_rows=vector,
@@ -274,8 +276,8 @@ def _fills(programs: int) -> bool:
     return 1.1 * programs >= device().sms
 
 
-def _span(call: Call, batch: int, length: int) -> int:
-    """Tokens of spans that just fill the SMs with two blocks each, at least 1024; 0 where the SMs are full without."""
+def _span(call: Call, batch: int, length: int, vector: bool) -> int:
+    """Tokens of spans that just fill the SMs with two blocks each, at least 1024; 0 where the sequence stays whole."""
     programs = _programs(call, batch, 64)
-    spans = 1 if _fills(programs) else min(2 * device().sms // programs, length // 1024)
+    spans = 1 if vector and _fills(programs) else min(2 * device().sms // programs, length // 1024)
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0
