@@ -41,8 +41,8 @@ gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles o
 gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474); scalar decay, whole keys: 511
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
-spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs. A scalar
-                               decay is cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86 (whole 134)
+spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs. Scalar
+                               decays are cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86 (whole 134)
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
 fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
