@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lmoe_compiler.cuts import Part, share
 from lmoe_compiler.models.config import ModelConfig
+from lmoe_compiler.models.document_attention import document_attention
 from lmoe_compiler.models.short_convolution import document_starts
 
 _LIBRARY = torch.library.Library("lmoe", "FRAGMENT")
@@ -35,17 +36,10 @@ def attention(
     One marked op, composite like `lmoe::short_conv`. On a shard of the sequence the keys are
     everybody's (S > T), and `offset` [1] is the place of the first query among them.
     """
-    mask = None
-    if cu_seqlens is not None or offset is not None:
-        key = torch.arange(k.shape[1], device=q.device)
-        query = torch.arange(q.shape[1], device=q.device)
-        query = query if offset is None else query + offset
-        mask = query[:, None] >= key
-        if cu_seqlens is not None:
-            ends = cu_seqlens[1:].long().contiguous()
-            document = torch.searchsorted(ends, query, right=True)
-            mask = mask & (document[:, None] == torch.searchsorted(ends, key, right=True))
-    return attend(q, k, v, mask)
+    if cu_seqlens is None and offset is None:
+        return attend(q, k, v, None)
+    o: Tensor = document_attention(q, k, v, cu_seqlens, offset)[0]
+    return o
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
