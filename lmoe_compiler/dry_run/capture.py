@@ -131,7 +131,7 @@ def _spread(gm: fx.GraphModule, setting: Setting, tokens: Axis, experts: Axis | 
             tokens, schedule=setting.schedule, topology=setting.topology, span=setting.span
         ),
         Halo(tokens),
-        SoftmaxParallel(tokens),
+        SoftmaxParallel(tokens, even=True),
         GlobalNumbers(tokens),
         *([ExpertParallel(experts)] if experts else []),
         Overlap(),
