@@ -22,11 +22,13 @@ from torch import fx
 from lmoe_compiler.passes.report import Report
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
+# What a check forbids must not start before it.
+_CHECKS = (torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg)
 
 
 @dataclass(frozen=True)
 class RaiseStarts:
-    """Reorders a graph of ATen ops between those that change an operand or the random state.
+    """Reorders a graph of ATen ops between those that change an operand or the random state, or check.
 
     Algorithm: 1. In the order of starts whose result is used here: what the next one needs, in the
     old order, then it. 2. Before a wait among these: everything ready that came before that wait.
@@ -83,6 +85,8 @@ def _between_effects(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:
 def _has_effect(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target is _WAIT:
         return False
+    if node.target in _CHECKS:
+        return True
     seeded = torch.Tag.nondeterministic_seeded in node.target.tags
     return seeded or node.target._schema.is_mutable
 

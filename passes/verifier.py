@@ -51,6 +51,7 @@ COLLECTIVES: dict[Any, tuple[tuple[str, str], ...]] = {
     dispatch.send: (("experts", "experts"),),
     dispatch.compute: (("experts", "experts"),),
     dispatch.combine: (),
+    capacity.check_rows: (("experts", "numbers"),),
     capacity.send: (("experts", "experts"),),
     capacity.compute: (("experts", "experts"),),
     capacity.combine: (),
