@@ -43,11 +43,8 @@ class RaiseStarts:
         report = Report(self.name)
         if not any(_is_start(node) for node in gm.graph.nodes):
             return report
-        nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-        order: list[fx.Node] = []
-        for part in _between_effects(nodes):
-            order += _Schedule(part).run()
-        old = _in_flight(nodes)
+        order = reordered(gm.graph)
+        old = _in_flight(_running(gm.graph))
         for node, count in _in_flight(order).items():
             if count > old[node]:
                 report.add("waits", f"{count} nodes instead of {old[node]} run before {node.name}")
@@ -58,6 +55,17 @@ class RaiseStarts:
             gm.graph.lint()
             gm.recompile()
         return report
+
+
+def reordered(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes between inputs and output, in the order that RaiseStarts gives them; the graph stays as it is."""
+    return [
+        node for part in _between_effects(_running(graph)) for node in _Schedule(part).run()
+    ]
+
+
+def _running(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
 
 
 def _is_start(node: fx.Node) -> bool:
