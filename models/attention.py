@@ -94,11 +94,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def tensor_parts(self, ranks: int) -> dict[str, Part]:
-        """What heads own, for parallelize(tensor_parallel=...); from here on this is one rank's layer."""
-        self.num_kv_heads = share(self.num_kv_heads, ranks, "key-value heads")
+        """What heads own, for parallelize(tensor_parallel=...); from here on this is one rank's layer.
+
+        With fewer key-value heads than ranks, neighbours whose queries share one each have it.
+        """
+        copies = ranks // self.num_kv_heads if ranks % self.num_kv_heads == 0 else 1
+        self.num_kv_heads = share(self.num_kv_heads, ranks // copies, "key-value heads")
         self.num_heads = share(self.num_heads, ranks, "heads")
         parts = {
-            f"{name}.weight": Part.even(self.get_parameter(f"{name}.weight"), 0)
+            f"{name}.weight": Part.even(
+                self.get_parameter(f"{name}.weight"), 0, copies=1 if name == "q_proj" else copies
+            )
             for name in ("q_proj", "k_proj", "v_proj")
         }
         return parts | {"o_proj.weight": Part.even(self.o_proj.weight, 1, summed=True)}

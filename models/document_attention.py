@@ -74,12 +74,13 @@ def document_attention_backward(
         scores = _scores(q[:, queries], k[:, keys], mask)
         log = by_query[:, :, queries].transpose(0, 1).unflatten(1, scores.shape[1:3])
         p = (scores - log.unsqueeze(-1)).exp()
-        given, result, asked = (_by_head(x[:, queries], k) for x in (d_o, o, q))
-        d_p = _times(given, v[:, keys], transposed=True)
-        d_scores = p * (d_p - (given * result).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+        d_result, result, asked = (_by_head(x[:, queries], k) for x in (d_o, o, q))
+        d_p = _times(d_result, v[:, keys], transposed=True)
+        along = (d_result * result).sum(-1, keepdim=True)
+        d_scores = p * (d_p - along) / math.sqrt(q.shape[-1])
         d_q[:, queries] = _by_token(_times(d_scores, k[:, keys]))
         d_k[:, keys] += torch.einsum("bgrts,bgrte->bsge", d_scores, asked)
-        d_v[:, keys] += torch.einsum("bgrts,bgrtf->bsgf", p, given)
+        d_v[:, keys] += torch.einsum("bgrts,bgrtf->bsgf", p, d_result)
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 
@@ -127,7 +128,9 @@ def _by_token(x: Tensor) -> Tensor:
 
 def _times(x: Tensor, keys: Tensor, transposed: bool = False) -> Tensor:
     """x [B, G, H/G, t, s] and keys [B, s, G, E] -> [B, G, H/G, t, E]; transposed: the other way."""
-    matrix = keys.to(x.dtype).permute(0, 2, 3, 1) if transposed else keys.to(x.dtype).transpose(1, 2)
+    matrix = (
+        keys.to(x.dtype).permute(0, 2, 3, 1) if transposed else keys.to(x.dtype).transpose(1, 2)
+    )
     return (x.flatten(2, 3) @ matrix).unflatten(2, x.shape[2:4])
 
 
@@ -202,9 +205,7 @@ def _products(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> tuple[int
 
 
 @flop_formula(torch.ops.lmoe.document_attention)
-def _flops(
-    q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object
-) -> int:
+def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
     return sum(_products(q, k, v))
 
 

@@ -67,9 +67,9 @@ class ExpertParallel:
             back = edit.call(dispatch.compute, rows, received, out, in_, gate_up, down, group)
             y = edit.call(dispatch.combine, back, weights, order, inverse, x)
         else:
-            rows_here = str(ids.meta["example_value"].numel())
-            if rows_here not in checked:
-                checked.add(rows_here)
+            assert isinstance(ids, fx.Node)
+            if (asked := str(ids.meta["example_value"].numel())) not in checked:
+                checked.add(asked)
                 edit.call(capacity.check_rows, ids, size, self.axis.groups["numbers"])
             sent = edit.call(capacity.send, x, ids, local, size, self.factor, group)
             rows, source, slot = _fields(edit, sent, capacity.Sent)

@@ -59,9 +59,7 @@ class RaiseStarts:
 
 def reordered(graph: fx.Graph) -> list[fx.Node]:
     """The nodes between inputs and output, in the order that RaiseStarts gives them; the graph stays as it is."""
-    return [
-        node for part in _between_effects(_running(graph)) for node in _Schedule(part).run()
-    ]
+    return [node for part in _between_effects(_running(graph)) for node in _Schedule(part).run()]
 
 
 def _running(graph: fx.Graph) -> list[fx.Node]:

@@ -122,10 +122,10 @@ class Shard:
         return self._once("lengths", gather)
 
     def _items(self, name: str, node: fx.Node, count: int) -> list[fx.Node]:
-        return [
-            self._once(f"{name} {i}", lambda head, i=i: head.call(operator.getitem, node, i))
-            for i in range(count)
-        ]
+        def item(i: int) -> fx.Node:
+            return self._once(f"{name} {i}", lambda head: head.call(operator.getitem, node, i))
+
+        return [item(i) for i in range(count)]
 
     @property
     def _source(self) -> Any:

@@ -5,9 +5,9 @@
 
 `keys`: every rank's queries meet everybody's keys, which travel as one tensor and are few under grouped heads; the
 backward is a reduce-scatter. `heads`: two kinds of all-to-all, whole sequences of H/P heads; where P divides G. Ranks
-may hold any numbers of tokens, which their hosts tell each other once a graph; `even`: all promise to hold as many, which
-saves that and a copy of the keys, and stops with an error where it is not kept (runtime/attention.py). Notation: H query
-heads, G key-value heads, E head size, P ranks.
+may hold any numbers of tokens, which their hosts tell each other once a graph; `even`: all promise to hold as many,
+which saves that and a copy of the keys, and stops with an error where it is not kept (runtime/attention.py). Notation:
+H query heads, G key-value heads, E head size, P ranks.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ COLLECTIVES: dict[Any, tuple[tuple[str, str], ...]] = {
     capacity.dropped_rows: (("everyone", "numbers"),),
     collectives.sum_gradient: (("summed", "gradients"), ("rest", "gradients"), ("heads", "tokens")),
     collectives.sum_rows_gradient: (("heads", "tokens"),),
+    collectives.sum_copies_gradient: (("heads", "tokens"),),
     collectives.global_sum: (("heads", "tokens"),),
 }
 

@@ -19,14 +19,14 @@ from lmoe_compiler.capacity import place
 from lmoe_compiler.runtime import collectives
 
 UNEVEN = (
-    "ranks hold different numbers of tokens, and {} travel in equal parts: give every rank as many{}"
+    "ranks hold different numbers of tokens, and even_tokens=True promised as many on each: "
+    "give every rank as many, or compile without it"
 )
-_KEYS = UNEVEN.format("a softmax layer's keys", ", or compile without even_tokens=True")
 
 
 def check_even(counts: Tensor) -> Tensor:
     """counts, after a check that all are the same; no value is read on the host."""
-    torch._assert_async((counts == counts[0]).all(), _KEYS)
+    torch._assert_async((counts == counts[0]).all(), UNEVEN)
     return counts.view_as(counts)
 
 
@@ -62,21 +62,28 @@ def gather_keys_values(
     most: int = 0,
     total: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """k [B, T, G, E], v [B, T, G, F] -> the same of all ranks' tokens, by one collective.
+    """k [B, T, G, E], v [B, T, G, F] -> the same of all ranks' tokens, by one collective."""
+    both = gather_tokens(torch.cat([k, v], dim=-1), size, group, counts, most, total)
+    keys, values = both.split([k.shape[-1], v.shape[-1]], dim=-1)
+    return keys, values
+
+
+def gather_tokens(
+    x: Tensor, size: int, group: str, counts: Tensor | None = None, most: int = 0, total: int = 0
+) -> Tensor:
+    """Tokens of all ranks, x [B, T, ...] -> [B, S, ...].
 
     counts (n), most (M) and total (S): where ranks hold different numbers. Backward:
     reduce-scatter.
     """
-    rows = torch.cat([k, v], dim=-1).transpose(0, 1)
+    rows = x.transpose(0, 1)
     by_token = rows.flatten(1)
     if counts is not None:
         by_token = _fill(by_token, most)
     by_token = collectives.wait(collectives.start_all_gather(by_token, size, group))
     if counts is not None:
         by_token = _join(by_token, counts, most, total)
-    both = by_token.unflatten(1, rows.shape[1:]).transpose(0, 1)
-    keys, values = both.split([k.shape[-1], v.shape[-1]], dim=-1)
-    return keys, values
+    return by_token.unflatten(1, rows.shape[1:]).transpose(0, 1)
 
 
 def _fill(x: Tensor, most: int) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 from lmoe_compiler import capacity
 from lmoe_compiler.runtime import collectives
 
-
 UNEVEN = (
     "ranks ask experts for different numbers of rows, and with expert_capacity= these travel in equal "
     "parts: give every rank as many tokens, or compile without expert_capacity"

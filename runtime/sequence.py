@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmoe_compiler.runtime import collectives
 
+
 def number(x: Tensor, dims: list[int]) -> int:
     """Of tokens in x, which are along these axes."""
     return math.prod(x.shape[dim] for dim in dims)

@@ -1,4 +1,4 @@
-"""Softmax attention over packed documents and of shards: the same as with a mask, and nothing kept that grows with T^2."""
+"""Softmax attention over packed documents and of shards: the same as with a mask, and nothing kept of pairs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def test_library_contract() -> None:
 def test_on_a_gpu(documents, shard, dtype) -> None:
     """Flash attention in 16 bit, blocks in float32; no host read."""
     offset, queries = shard
-    exact = [x.detach().to(dtype).double().requires_grad_() for x in inputs(queries, sizes=(16, 16))]
+    exact = [
+        x.detach().to(dtype).double().requires_grad_() for x in inputs(queries, sizes=(16, 16))
+    ]
     want = masked(*exact, documents, offset)
     weight = torch.randn_like(want)
     grads = torch.autograd.grad((want * weight).sum(), exact)

@@ -431,7 +431,15 @@ def test_live_display_shows_all_of_it():
     out = io.StringIO()
     console.Console(file=out, width=100).print(display._render())
     display.close()
-    for part in ("2.5000", "2.1250 bits per byte", "trigram 2.50", "1,234 tokens/s", "0:30", "█▄▄", "dropped 1.25%"):
+    for part in (
+        "2.5000",
+        "2.1250 bits per byte",
+        "trigram 2.50",
+        "1,234 tokens/s",
+        "0:30",
+        "█▄▄",
+        "dropped 1.25%",
+    ):
         assert part in out.getvalue(), part
 
 

@@ -121,5 +121,7 @@ def test_softmax_after_a_recurrence(lengths: list[int], way: str, packed: bool) 
 def test_a_promise_of_as_many_tokens_is_checked(way: str) -> None:
     one = whole("softmax", packed=True)
     check(one, run(one, [7, 7], way=way, even=True))
-    with pytest.raises(RuntimeError, match="ranks hold different numbers of tokens"):
+    with pytest.raises(
+        RuntimeError, match="ranks hold different numbers of tokens, and even_tokens=True"
+    ):
         run(one, [5, 9], way=way, even=True)

@@ -1,5 +1,5 @@
-"""The graph of a whole model from that of its kinds of layers: each compiled layer again and again, in the model's order,
-and then what passes/schedule.py does to it.
+"""The graph of a whole model from that of its kinds of layers: each compiled layer again and again, in the model's
+order, and then what passes/schedule.py does to it.
 
 What a layer takes from the one before it is the stream: of everything that the segment before leaves to others and
 that has tokens, the last. The rest of its operands are its own, inputs, or what is there once (counts, offsets).

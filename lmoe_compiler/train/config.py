@@ -57,8 +57,8 @@ class TrainConfig:
     ep: int = option(1, "ranks that share the experts: 1, sp, dp or all of the same ranks")
     expert_capacity: float = option(
         0.0,
-        "places of an expert for each rank's rows, in units of a balanced load; what finds none is dropped, in training "
-        "and on held-out text, and shown; 0: exact, nothing is dropped",
+        "places of an expert for each rank's rows, in units of a balanced load; what finds none is dropped, "
+        "in training and on held-out text, and shown; 0: exact, nothing is dropped",
     )
     timeout: float = option(600.0, "seconds after which ranks no longer wait for each other")
 
