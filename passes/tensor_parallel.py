@@ -89,14 +89,14 @@ class _Flow:
     def parameter(self, node: fx.Node, cut: Cut) -> None:
         trained = node.meta["example_value"].requires_grad
         if cut.common and trained:
-            call = (node, cut.dim, cut.common, self.group)
-            self.cut.add(self._after(node, collectives.sum_rows_gradient, *call))
+            rows = (cut.dim, cut.common, self.group)
+            self.cut.add(self._after(node, collectives.sum_rows_gradient, node, *rows))
         if cut.copies > 1 and trained:
             part = torch.tensor([self.axis.index // cut.copies])
             value = part.to(node.meta["example_value"].device)
             here = self._editor(node).data(f"lmoe_part_{cut.copies}", value)
-            call = (node, here, self.axis.size // cut.copies, self.group)
-            self.cut.add(self._after(node, collectives.sum_copies_gradient, *call))
+            copies = (here, self.axis.size // cut.copies, self.group)
+            self.cut.add(self._after(node, collectives.sum_copies_gradient, node, *copies))
         (self.sums if cut.summed else self.cut).add(node)
 
     def operation(self, node: fx.Node) -> bool:
