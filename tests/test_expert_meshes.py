@@ -5,6 +5,7 @@ other axes: losses, statistics and gradients are those of one rank with all toke
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -184,6 +185,7 @@ def test_with_a_capacity_other_numbers_of_tokens_stop_every_rank() -> None:
     meshed, one = layout.meshed(1.25), graph(2, 2)
     graphs = meshed.transformed(one.captured)
     told: list[tuple[int, str]] = []
+    both = threading.Barrier(2)
 
     def noting(rank: int) -> Callable[..., object]:
         def call(*args: object) -> object:
@@ -191,6 +193,8 @@ def test_with_a_capacity_other_numbers_of_tokens_stop_every_rank() -> None:
                 return graphs[rank](*args)
             except RuntimeError as error:
                 told.append((rank, str(error)))
+                # The error of one rank wakes the others, which then die of that.
+                both.wait(timeout=30)
                 raise
 
         return call

@@ -94,7 +94,9 @@ def compare_gradients(rank: int, model: nn.Module, whole: nn.Module) -> None:
 
 
 def disagree(rank: int, size: int) -> None:
-    """Ranks that compile different graphs are told so, by an error on each."""
+    """Ranks that compile different graphs, or hold other numbers of tokens than promised, are told so by an error on
+    each.
+    """
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sp",))
     schedule = "all_gather" if rank else "transpose"
     layer = lmoe.compile(
@@ -106,6 +108,17 @@ def disagree(rank: int, size: int) -> None:
     )
     with pytest.raises(Exception, match="compiled different collectives"):
         layer(*torch.randn(3, 1, 6, 2, 4))
+    dist.barrier()
+    promised = lmoe.compile(
+        lambda q, k, v: torch.ops.lmoe.attention(q * 2, k * 2, v * 2),
+        mesh=mesh,
+        sequence_parallel="sp",
+        even_tokens=True,
+        inner="aot_eager",
+    )
+    assert promised(*torch.randn(3, 1, 6, 2, 4)).shape == (1, 6, 2, 4)
+    with pytest.raises(RuntimeError, match="even_tokens=True promised as many"):
+        promised(*torch.randn(3, 1, 6 + rank, 2, 4))
     dist.barrier()
 
 

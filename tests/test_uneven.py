@@ -19,7 +19,7 @@ from lmoe_compiler.passes.losses import GlobalNumbers
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.verifier import Verifier
-from lmoe_compiler.runtime.mesh import Axis
+from lmoe_compiler.runtime.mesh import TRAFFIC, Axis, _backend
 
 LENGTH, WIDTH = 14, 8
 CONFIG = ModelConfig(
@@ -115,6 +115,13 @@ def test_softmax_after_a_recurrence(lengths: list[int], way: str, packed: bool) 
     """Every rank holds at least what the next one's convolution looks back at."""
     one = whole("both", packed)
     check(one, run(one, lengths, way=way))
+
+
+def test_sizes_travel_between_hosts() -> None:
+    """Their group never asks a device, whatever the others are of."""
+    kinds = {kind: _backend("cuda", kind) for kind in TRAFFIC}
+    assert kinds.pop("sizes") == {"backend": "gloo"}
+    assert not any(kinds.values())
 
 
 @pytest.mark.parametrize("way", ["keys", "heads"])
