@@ -64,6 +64,8 @@ def dropped_rows(ids: Tensor, num_experts: int, factor: float) -> Tensor:
 @torch.library.custom_op("lmoe::place", mutates_args=())
 def place(x: Tensor, source: Tensor, slot: Tensor, k: int) -> Tensor:
     """Place i has x[source[i] // k], or zeros: tokens [N, D] -> [S, D]."""
+    if not x.shape[0]:
+        return x.new_zeros(source.shape[0], x.shape[1])
     rows = x.index_select(0, source.clamp_min(0) // k)
     return rows.masked_fill_((source < 0).unsqueeze(1), 0)
 
@@ -73,6 +75,8 @@ def pick(y: Tensor, source: Tensor, slot: Tensor, k: int) -> Tensor:
     """Sum each token's k rows, or those that have a place, [S, D] -> [N, D], in the order of its
     choices (no atomics).
     """
+    if not y.shape[0]:
+        return y.new_zeros(slot.shape[0] // k, y.shape[1])
     rows = y.index_select(0, slot.clamp_min(0)).masked_fill_((slot < 0).unsqueeze(1), 0)
     return rows.view(-1, k, y.shape[-1]).sum(1)
 

@@ -97,7 +97,10 @@ class CompileOptions:
     and sequence_dim: how the model is spread over ranks. Ranks along any of these axes hold different tokens: parts of
     a sequence along the first, other rows of the batch along the others. The loss is that of all of them.
     expert_capacity: a factor; an expert has places for factor * (its share if all had as many) rows of each rank, and
-    the model's `expert_dropped` counts what found none. None: exact.
+    the model's `expert_dropped` counts what found none. All ranks need as many tokens in a call; others stop all of
+    them. None: exact.
+    even_tokens: True promises that in every call all ranks of the sequence hold as many tokens. Softmax layers then do
+    without telling each other's hosts how many, and every size of the graph follows from this rank's.
     schedule: how recurrences exchange states, "auto" (the planner's choice), "all_gather" or "transpose".
     sum_gradients: over which of these axes each parameter's gradient is summed in the graph, experts' over those that
     they are not cut over: True for all, or names; wrappers (lmoe.data_parallel) take the other sums. It must be sums:
@@ -116,6 +119,7 @@ class CompileOptions:
     expert_capacity: float | None = None
     tensor_parallel: str | None = None
     sequence_dim: int = 1
+    even_tokens: bool = False
     schedule: str = "auto"
     sum_gradients: bool | str | tuple[str, ...] = True
     after_aot: tuple[Any, ...] = ()

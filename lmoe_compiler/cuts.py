@@ -24,24 +24,26 @@ _NOTES = "lmoe_cuts"
 class Part:
     """How one parameter may be cut: stretches (length, shared out or not) that fill dimension `dim`.
 
-    summed: the operation that uses the parameter sums over `dim`, so that a part gives a part of the sum.
+    summed: the operation that uses the parameter sums over `dim`, so that a part gives a part of the sum. copies: so
+    many neighbouring ranks have the same share of each stretch that is shared out.
     """
 
     dim: int
     stretches: tuple[tuple[int, bool], ...]
     summed: bool = False
+    copies: int = 1
 
     @classmethod
-    def even(cls, parameter: Tensor, dim: int, *, summed: bool = False) -> Part:
+    def even(cls, parameter: Tensor, dim: int, *, summed: bool = False, copies: int = 1) -> Part:
         """All of the dimension is shared out."""
-        return cls(dim, ((parameter.shape[dim], True),), summed)
+        return cls(dim, ((parameter.shape[dim], True),), summed, copies)
 
 
 @dataclass(frozen=True)
 class Cut:
     """What a rank has of a parameter: `spans` (start, stop) of the whole's dimension `dim`, one behind the other.
 
-    axis: of the mesh. common: spans of the rank's own part that all ranks of the axis have. summed: as in Part.
+    axis: of the mesh. common: spans of the rank's own part that all ranks of the axis have. summed, copies: as in Part.
     """
 
     axis: str
@@ -49,20 +51,22 @@ class Cut:
     spans: tuple[tuple[int, int], ...]
     common: tuple[tuple[int, int], ...] = ()
     summed: bool = False
+    copies: int = 1
 
     @classmethod
     def of(cls, part: Part, axis: str, index: int, size: int) -> Cut:
-        """The part of rank `index` of `size`; every shared stretch is a multiple of `size`."""
+        """The part of rank `index` of `size`; every shared stretch is a multiple of `size / copies`."""
+        share, parts = index // part.copies, size // part.copies
         spans, common, own = [], [], 0
         ends = accumulate(length for length, _ in part.stretches)
         for (length, shared), end in zip(part.stretches, ends, strict=True):
-            count = length // size if shared else length
-            start = end - length + (index * count if shared else 0)
+            count = length // parts if shared else length
+            start = end - length + (share * count if shared else 0)
             spans.append((start, start + count))
             if not shared:
                 common.append((own, own + count))
             own += count
-        return cls(axis, part.dim, tuple(spans), tuple(common), part.summed)
+        return cls(axis, part.dim, tuple(spans), tuple(common), part.summed, part.copies)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -104,7 +108,7 @@ def cut(module: nn.Module, name: str, part: Part, axis: str, index: int, size: i
     parameter = owner.get_parameter(leaf)
     for length, shared in part.stretches:
         if shared:
-            share(length, size, f"numbers along dimension {part.dim} of {name}")
+            share(length, size // part.copies, f"numbers along dimension {part.dim} of {name}")
     taken = Cut.of(part, axis, index, size)
     own = nn.Parameter(taken.take(parameter.detach()), requires_grad=parameter.requires_grad)
     # Not setattr: a ParameterDict keeps names of its own.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lmoe_compiler.cuts import Part, share
 from lmoe_compiler.models.config import ModelConfig
+from lmoe_compiler.models.document_attention import document_attention
 from lmoe_compiler.models.short_convolution import document_starts
 
 _LIBRARY = torch.library.Library("lmoe", "FRAGMENT")
@@ -35,17 +36,10 @@ def attention(
     One marked op, composite like `lmoe::short_conv`. On a shard of the sequence the keys are
     everybody's (S > T), and `offset` [1] is the place of the first query among them.
     """
-    mask = None
-    if cu_seqlens is not None or offset is not None:
-        key = torch.arange(k.shape[1], device=q.device)
-        query = torch.arange(q.shape[1], device=q.device)
-        query = query if offset is None else query + offset
-        mask = query[:, None] >= key
-        if cu_seqlens is not None:
-            ends = cu_seqlens[1:].long().contiguous()
-            document = torch.searchsorted(ends, query, right=True)
-            mask = mask & (document[:, None] == torch.searchsorted(ends, key, right=True))
-    return attend(q, k, v, mask)
+    if cu_seqlens is None and offset is None:
+        return attend(q, k, v, None)
+    o: Tensor = document_attention(q, k, v, cu_seqlens, offset)[0]
+    return o
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,11 +94,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def tensor_parts(self, ranks: int) -> dict[str, Part]:
-        """What heads own, for parallelize(tensor_parallel=...); from here on this is one rank's layer."""
-        self.num_kv_heads = share(self.num_kv_heads, ranks, "key-value heads")
+        """What heads own, for parallelize(tensor_parallel=...); from here on this is one rank's layer.
+
+        With fewer key-value heads than ranks, neighbours whose queries share one each have it.
+        """
+        copies = ranks // self.num_kv_heads if ranks % self.num_kv_heads == 0 else 1
+        self.num_kv_heads = share(self.num_kv_heads, ranks // copies, "key-value heads")
         self.num_heads = share(self.num_heads, ranks, "heads")
         parts = {
-            f"{name}.weight": Part.even(self.get_parameter(f"{name}.weight"), 0)
+            f"{name}.weight": Part.even(
+                self.get_parameter(f"{name}.weight"), 0, copies=1 if name == "q_proj" else copies
+            )
             for name in ("q_proj", "k_proj", "v_proj")
         }
         return parts | {"o_proj.weight": Part.even(self.o_proj.weight, 1, summed=True)}

@@ -67,7 +67,7 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
             # Finds the token axis for all of these, so it sees the graph as the user wrote it.
             SequenceParallel(sequence, dim, options.schedule),
             Halo(sequence, dim),
-            SoftmaxParallel(sequence, dim),
+            SoftmaxParallel(sequence, dim, even=options.even_tokens),
         ]
     if everyone:
         rows = everyone if options.batch_axes else None

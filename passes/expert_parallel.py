@@ -43,15 +43,17 @@ class ExpertParallel:
 
     def __call__(self, gm: fx.GraphModule) -> Report:
         report = Report(self.name)
+        checked: set[str] = set()
         for node in find(gm, torch.ops.lmoe.experts):
-            local = self._spread(gm, node)
+            local = self._spread(gm, node, checked)
             where = f"{layer_of(node)}: {local} experts on each of {self.axis.size} ranks"
             report.add("expert blocks", where)
         if report.counts:
             Editor(gm, self.name).finish()
         return report
 
-    def _spread(self, gm: fx.GraphModule, node: fx.Node) -> int:
+    def _spread(self, gm: fx.GraphModule, node: fx.Node, checked: set[str]) -> int:
+        """`checked`: numbers of rows that all ranks have been asked for."""
         x, weights, ids, gate_up, down = node.args
         for weight in (gate_up, down):
             _mark(weight)
@@ -65,6 +67,10 @@ class ExpertParallel:
             back = edit.call(dispatch.compute, rows, received, out, in_, gate_up, down, group)
             y = edit.call(dispatch.combine, back, weights, order, inverse, x)
         else:
+            assert isinstance(ids, fx.Node)
+            if (asked := str(ids.meta["example_value"].numel())) not in checked:
+                checked.add(asked)
+                edit.call(capacity.check_rows, ids, size, self.axis.groups["numbers"])
             sent = edit.call(capacity.send, x, ids, local, size, self.factor, group)
             rows, source, slot = _fields(edit, sent, capacity.Sent)
             back = edit.call(capacity.compute, rows, gate_up, down, size, group)

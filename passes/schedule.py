@@ -22,11 +22,13 @@ from torch import fx
 from lmoe_compiler.passes.report import Report
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
+# What a check forbids must not start before it.
+_CHECKS = (torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg)
 
 
 @dataclass(frozen=True)
 class RaiseStarts:
-    """Reorders a graph of ATen ops between those that change an operand or the random state.
+    """Reorders a graph of ATen ops between those that change an operand or the random state, or check.
 
     Algorithm: 1. In the order of starts whose result is used here: what the next one needs, in the
     old order, then it. 2. Before a wait among these: everything ready that came before that wait.
@@ -41,11 +43,8 @@ class RaiseStarts:
         report = Report(self.name)
         if not any(_is_start(node) for node in gm.graph.nodes):
             return report
-        nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-        order: list[fx.Node] = []
-        for part in _between_effects(nodes):
-            order += _Schedule(part).run()
-        old = _in_flight(nodes)
+        order = reordered(gm.graph)
+        old = _in_flight(_running(gm.graph))
         for node, count in _in_flight(order).items():
             if count > old[node]:
                 report.add("waits", f"{count} nodes instead of {old[node]} run before {node.name}")
@@ -56,6 +55,15 @@ class RaiseStarts:
             gm.graph.lint()
             gm.recompile()
         return report
+
+
+def reordered(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes between inputs and output, in the order that RaiseStarts gives them; the graph stays as it is."""
+    return [node for part in _between_effects(_running(graph)) for node in _Schedule(part).run()]
+
+
+def _running(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
 
 
 def _is_start(node: fx.Node) -> bool:
@@ -83,6 +91,8 @@ def _between_effects(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:
 def _has_effect(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target is _WAIT:
         return False
+    if node.target in _CHECKS:
+        return True
     seeded = torch.Tag.nondeterministic_seeded in node.target.tags
     return seeded or node.target._schema.is_mutable
 

@@ -8,6 +8,7 @@ ranks, offset) are made once, on first use, at the head of the graph.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import fx
 
 from lmoe_compiler.passes.splice import Editor, device_of
 from lmoe_compiler.passes.token_axis import Tokens, analyse
-from lmoe_compiler.runtime import collectives, sequence
+from lmoe_compiler.runtime import attention, collectives, sequence
 from lmoe_compiler.runtime.mesh import Axis
 
 _KEY = "lmoe_shard"
@@ -95,6 +96,36 @@ class Shard:
         """[1] int64: tokens on the ranks before this one."""
         counts, rank = self.counts(), self.rank()
         return self._once("offset", lambda head: head.call(sequence.token_offset, counts, rank))
+
+    def even(self) -> fx.Node:
+        """`counts`, after a check that they are all the same."""
+        counts = self.counts()
+        return self._once("even", lambda head: head.call(attention.check_even, counts))
+
+    def most_and_total(self) -> list[fx.Node]:
+        """The most tokens that a rank holds, and those of all ranks: numbers on the host."""
+        lengths = self._lengths()
+        read = lambda head: head.call(attention.largest_and_total, lengths)  # noqa: E731
+        return self._items("most and total", self._once("sizes", read), 2)
+
+    def each(self) -> list[fx.Node]:
+        """How many tokens each rank holds: numbers on the host."""
+        lengths = self._lengths()
+        node = self._once("each", lambda head: head.call(attention.each, lengths))
+        return self._items("each", node, self.axis.size)
+
+    def _lengths(self) -> fx.Node:
+        def gather(head: Editor) -> fx.Node:
+            call = (self.tokens.source, self.tokens.dim, self.axis.size, self.axis.groups["sizes"])
+            return head.call(collectives.wait, head.call(attention.start_lengths, *call))
+
+        return self._once("lengths", gather)
+
+    def _items(self, name: str, node: fx.Node, count: int) -> list[fx.Node]:
+        def item(i: int) -> fx.Node:
+            return self._once(f"{name} {i}", lambda head: head.call(operator.getitem, node, i))
+
+        return [item(i) for i in range(count)]
 
     @property
     def _source(self) -> Any:

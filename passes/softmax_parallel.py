@@ -4,9 +4,10 @@
     heads    attention(q, k, v)  ->  back(attention(heads(q), heads(k), heads(v)))     (2 H + 2 G) E (P-1)/P
 
 `keys`: every rank's queries meet everybody's keys, which travel as one tensor and are few under grouped heads; the
-backward is a reduce-scatter. `heads`: two kinds of even all-to-all, whole sequences of H/P heads; where P divides G.
-Both need as many tokens on every rank, and stop with an error where they are not. Notation: H query heads, G key-value
-heads, E head size, P ranks.
+backward is a reduce-scatter. `heads`: two kinds of all-to-all, whole sequences of H/P heads; where P divides G. Ranks
+may hold any numbers of tokens, which their hosts tell each other once a graph; `even`: all promise to hold as many,
+which saves that and a copy of the keys, and stops with an error where it is not kept (runtime/attention.py). Notation:
+H query heads, G key-value heads, E head size, P ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lmoe_compiler.passes import token_axis
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.shard import Shard
 from lmoe_compiler.passes.splice import Editor, layer_of, where
-from lmoe_compiler.runtime import sequence
+from lmoe_compiler.runtime import attention
 from lmoe_compiler.runtime.mesh import Axis
 
 WAYS = ("auto", "keys", "heads")
@@ -34,6 +35,7 @@ class SoftmaxParallel:
     axis: Axis
     sequence_dim: int = 1
     way: str = "auto"
+    even: bool = False
     name: str = "softmax_parallel"
     changes_numerics: bool = False
 
@@ -43,7 +45,7 @@ class SoftmaxParallel:
         for node in shard.tokens.marked:
             if token_axis.operator(node) == "attention":
                 way, why = self._choose(node)
-                (_gather if way == "keys" else _transpose)(shard, node)
+                (_gather if way == "keys" else _transpose)(shard, node, self.even)
                 report.add("attentions", f"{layer_of(node)}: {way}, {why}")
         if report.counts:
             Editor(gm, self.name).finish()
@@ -84,23 +86,34 @@ def _editor(shard: Shard, node: fx.Node) -> Editor:
     return edit
 
 
-def _gather(shard: Shard, node: fx.Node) -> None:
+def _gather(shard: Shard, node: fx.Node, even: bool) -> None:
     q, k, v, documents = (*node.args, None)[:4]
-    axis, edit = shard.axis, _editor(shard, node)
-    k = edit.call(sequence.same_counts, shard.counts(), k)
-    both = edit.call(sequence.gather_keys_values, k, v, axis.size, axis.groups["tokens"])
+    axis = shard.axis
+    call = [k, v, axis.size, axis.groups["tokens"]]
+    if even:
+        shard.even()
+    else:
+        call += [shard.counts(), *shard.most_and_total()]
+    edit = _editor(shard, node)
+    both = edit.call(attention.gather_keys_values, *call)
     keys, values = (edit.call(operator.getitem, both, i) for i in (0, 1))
     node.args = (q, keys, values, documents, shard.offset())
 
 
-def _transpose(shard: Shard, node: fx.Node) -> None:
+def _transpose(shard: Shard, node: fx.Node, even: bool) -> None:
     *tensors, documents = (*node.args, None)[:4]
-    axis, edit = shard.axis, _editor(shard, node)
-    call = (axis.size, axis.groups["tokens"])
-    tensors[0] = edit.call(sequence.same_counts, shard.counts(), tensors[0])
-    whole = [edit.call(sequence.tokens_to_heads, x, *call) for x in tensors]
-    node.args = (*whole, documents)
+    axis = shard.axis
+    call: list[object] = [axis.size, axis.groups["tokens"]]
+    if even:
+        shard.even()
+    else:
+        call.append(shard.each())
+    edit = _editor(shard, node)
+    whole = [edit.call(attention.tokens_to_heads, x, *call) for x in tensors]
+    # With a place of the first query it asks nothing about sizes, which without `even` only the data knows.
+    first = [] if even else [edit.call(attention.first_place, whole[0])]
+    node.args = (*whole, documents, *first)
     edit.anchor = node.next
     edit.refresh(node)
-    back = edit.call(sequence.heads_to_tokens, node, *call)
+    back = edit.call(attention.heads_to_tokens, node, tensors[0], *call)
     node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)

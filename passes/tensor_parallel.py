@@ -9,6 +9,7 @@ Only parameters are marked; where collectives go follows from what each value is
     cut weight meets whole x      x -> sum_gradient(x)         every rank has a part of the gradient
     result of a sum's weight      y -> global_sum(y)           whole again
     rows common to all ranks      w -> sum_rows_gradient(w)    a low rank beside the heads, in one weight
+    part of several ranks         w -> sum_copies_gradient(w)  a key-value head of query heads on these ranks
 
 So a replicated weight that only meets heads (the norm of a head's output) gets its whole gradient as well. A value that
 leaves the graph while cut is refused. No recurrence, attention or expert block is named here: they compute on local
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -76,7 +78,8 @@ class _Flow:
     """One walk in the graph's order: which values are cut, and the sums that follow from it."""
 
     def __init__(self, gm: fx.GraphModule, axis: Axis, made_by: str) -> None:
-        self.gm, self.group, self.made_by = gm, axis.groups["tokens"], made_by
+        self.gm, self.axis, self.made_by = gm, axis, made_by
+        self.group = axis.groups["tokens"]
         self.first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         self.cut: set[fx.Node] = set()
         self.sums: set[fx.Node] = set()
@@ -84,10 +87,16 @@ class _Flow:
         self.changed = False
 
     def parameter(self, node: fx.Node, cut: Cut) -> None:
-        if cut.common and node.meta["example_value"].requires_grad:
-            call = (node, cut.dim, cut.common, self.group)
-            node_ = self._after(node, collectives.sum_rows_gradient, *call)
-            self.cut.add(node_)
+        trained = node.meta["example_value"].requires_grad
+        if cut.common and trained:
+            rows = (cut.dim, cut.common, self.group)
+            self.cut.add(self._after(node, collectives.sum_rows_gradient, node, *rows))
+        if cut.copies > 1 and trained:
+            part = torch.tensor([self.axis.index // cut.copies])
+            value = part.to(node.meta["example_value"].device)
+            here = self._editor(node).data(f"lmoe_part_{cut.copies}", value)
+            copies = (here, self.axis.size // cut.copies, self.group)
+            self.cut.add(self._after(node, collectives.sum_copies_gradient, node, *copies))
         (self.sums if cut.summed else self.cut).add(node)
 
     def operation(self, node: fx.Node) -> bool:

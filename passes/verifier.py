@@ -32,7 +32,7 @@ from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.gradients import is_parameter
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import Editor, known_size, layer_of
-from lmoe_compiler.runtime import capacity, collectives, dispatch, exchange, sequence
+from lmoe_compiler.runtime import attention, capacity, collectives, dispatch, exchange, sequence
 from lmoe_compiler.runtime.agreement import agree, give_up
 
 # Every call that talks to other ranks: over which of the axes (axes.py) it may, and the traffic whose group it uses.
@@ -41,21 +41,24 @@ COLLECTIVES: dict[Any, tuple[tuple[str, str], ...]] = {
     exchange.finish: (("sequence", "state"),),
     sequence.start_counts: (("sequence", "numbers"), ("everyone", "numbers")),
     sequence.halo: (("sequence", "tokens"),),
-    sequence.gather_keys_values: (("sequence", "tokens"),),
-    sequence.tokens_to_heads: (("sequence", "tokens"),),
-    sequence.heads_to_tokens: (("sequence", "tokens"),),
+    attention.start_lengths: (("sequence", "sizes"),),
+    attention.gather_keys_values: (("sequence", "tokens"),),
+    attention.tokens_to_heads: (("sequence", "tokens"),),
+    attention.heads_to_tokens: (("sequence", "tokens"),),
     sequence.sum_over_tokens: (("everyone", "numbers"),),
     sequence.mean_over_tokens: (("everyone", "numbers"),),
     sequence.cross_entropy: (("everyone", "numbers"),),
     dispatch.send: (("experts", "experts"),),
     dispatch.compute: (("experts", "experts"),),
     dispatch.combine: (),
+    capacity.check_rows: (("experts", "numbers"),),
     capacity.send: (("experts", "experts"),),
     capacity.compute: (("experts", "experts"),),
     capacity.combine: (),
     capacity.dropped_rows: (("everyone", "numbers"),),
     collectives.sum_gradient: (("summed", "gradients"), ("rest", "gradients"), ("heads", "tokens")),
     collectives.sum_rows_gradient: (("heads", "tokens"),),
+    collectives.sum_copies_gradient: (("heads", "tokens"),),
     collectives.global_sum: (("heads", "tokens"),),
 }
 
@@ -254,12 +257,12 @@ def _recurrence(node: fx.Node) -> None:
 
 def _attention(node: fx.Node) -> None:
     """All tokens of some heads, or some queries with everybody's keys."""
-    if all(_comes_from(x, sequence.tokens_to_heads, depth=0) for x in node.args[:3]):
-        if not all(user.target is sequence.heads_to_tokens for user in node.users):
+    if all(_comes_from(x, attention.tokens_to_heads, depth=0) for x in node.args[:3]):
+        if not all(user.target is attention.heads_to_tokens for user in node.users):
             _refuse(node, "gives tokens of other ranks", "its heads are not brought back")
         return
     for position in (1, 2):
-        _needs(node, position, sequence.gather_keys_values, "keys and values of all ranks")
+        _needs(node, position, attention.gather_keys_values, "keys and values of all ranks")
     _needs(node, 4, sequence.token_offset, "the place of its queries")
 
 

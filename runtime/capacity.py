@@ -6,18 +6,25 @@ rows to each expert, filled or not, so that all exchanges are even and nothing i
     back = compute(sent, weights)   wait, batched matmuls, rows start back
     y = combine(back, weights)      wait, sum each token's rows in the order of its choices
 
-C comes from the tokens of one rank, and all ranks must have as many. Which rows are left out depends
-on the tokens of their own rank alone. Notation: P ranks, L = E / P experts here, else as there.
+C comes from the tokens of one rank, and all ranks must have as many: `check_rows` says so before the
+first exchange of a step, on every rank. Which rows are left out depends on the tokens of their own
+rank alone. Notation: P ranks, L = E / P experts here, else as there.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lmoe_compiler import capacity
 from lmoe_compiler.runtime import collectives
+
+UNEVEN = (
+    "ranks ask experts for different numbers of rows, and with expert_capacity= these travel in equal "
+    "parts: give every rank as many tokens, or compile without expert_capacity"
+)
 
 
 class Sent(NamedTuple):
@@ -26,6 +33,16 @@ class Sent(NamedTuple):
     rows: Tensor  # in flight: [P L C, D], by source rank, then by expert
     source: Tensor  # [E C]
     slot: Tensor  # [M]
+
+
+def check_rows(ids: Tensor, size: int, group: str) -> Tensor:
+    """Stop every rank if one has other rows than ids.numel(); returns those of each, [P]. No value
+    is read on the host.
+    """
+    own = torch.full((1,), ids.numel(), dtype=torch.int64, device=ids.device)
+    rows = collectives.wait(collectives.start_all_gather(own, size, group))
+    torch._assert_async((rows == rows[0]).all(), UNEVEN)
+    return rows
 
 
 def send(x: Tensor, ids: Tensor, num_local: int, size: int, factor: float, group: str) -> Sent:

@@ -89,6 +89,24 @@ class _SumRowsGradient(torch.autograd.Function):
         return torch.cat(parts, ctx.dim), None, None, None
 
 
+class _SumCopiesGradient(torch.autograd.Function):
+    """Identity on one of the parts of a parameter; its gradient is summed over the ranks with the same one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Tensor, parts: int, group: str) -> Tensor:
+        ctx.save_for_backward(part)
+        ctx.parts, ctx.group = parts, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (part,) = ctx.saved_tensors
+        own = grad.unsqueeze(0)
+        # All parts at once: they are few and small, and need no groups of their own.
+        each = own.new_zeros(ctx.parts, *grad.shape).index_copy(0, part, own)
+        return all_reduce(each, ctx.group).index_select(0, part).squeeze(0), None, None, None
+
+
 def global_sum(x: Tensor, group: str) -> Tensor:
     """Forward: sum over ranks. Backward: identity, since every rank holds the same derivative of
     the one result.
@@ -106,3 +124,8 @@ def sum_rows_gradient(
 ) -> Tensor:
     """Forward: identity. Backward: sum over ranks within `spans` (start, stop) of dimension `dim`."""
     return _SumRowsGradient.apply(x, dim, spans, group)
+
+
+def sum_copies_gradient(x: Tensor, part: Tensor, parts: int, group: str) -> Tensor:
+    """Forward: identity. Backward: sum over the ranks that have part `part` [1] of so many parts."""
+    return _SumCopiesGradient.apply(x, part, parts, group)

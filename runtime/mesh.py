@@ -2,7 +2,8 @@
 kind of traffic.
 
 A wait on one collective of a group also waits for all earlier ones of it, so state exchange, tokens
-(keys, halos), experts, small statistics and gradients each have their own group. They are made
+(keys, halos), experts, small statistics and gradients each have their own group, and so have sizes,
+which are numbers in the hosts' memory and travel by gloo. They are made
 before anything is compiled, on all ranks in one order, once: `lmoe.parallelize` and `lmoe.compile`
 do it, and a compilation only looks them up.
 """
@@ -23,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lmoe_compiler.errors import InvalidOption
 
-TRAFFIC = ("state", "tokens", "experts", "numbers", "gradients")
+TRAFFIC = ("state", "tokens", "experts", "numbers", "gradients", "sizes")
 
 _LOOKUP_ONLY = ContextVar("lookup_only", default=False)
 
@@ -90,10 +91,16 @@ def axis_of(mesh: DeviceMesh, *names: str) -> Axis:
             rows,
             timeout=_timeout(mesh.device_type),
             group_desc=f"lmoe_{'_'.join(names)}_{traffic}",
+            **_backend(mesh.device_type, traffic),
         )
         groups[traffic] = mine.group_name
     rank = dist.get_rank()
     return Axis(label, size, next(row.index(rank) for row in rows if rank in row), groups)
+
+
+def _backend(device: str, traffic: str) -> dict[str, str]:
+    """That of the world, but for numbers that never were on a device."""
+    return {"backend": "gloo"} if traffic == "sizes" and device != "cpu" else {}
 
 
 def _timeout(device: str) -> timedelta | None:

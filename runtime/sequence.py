@@ -15,11 +15,6 @@ from torch import Tensor
 
 from lmoe_compiler.runtime import collectives
 
-UNEVEN = (
-    "ranks hold different numbers of tokens, and a softmax layer's keys travel in equal parts: "
-    "give every rank as many tokens (layers with a recurrence take any number)"
-)
-
 
 def number(x: Tensor, dims: list[int]) -> int:
     """Of tokens in x, which are along these axes."""
@@ -105,41 +100,6 @@ def shift(x: Tensor, received: Tensor) -> Tensor:
     """Every token gets the one n before it: x [B, T, ...], received [B, n, ...] -> [B, T, ...]."""
     kept = x.narrow(1, 0, x.shape[1] - received.shape[1])
     return torch.cat([received, kept], dim=1)
-
-
-def same_counts(counts: Tensor, x: Tensor) -> Tensor:
-    """x, after a check that every rank holds as many tokens as the others; no value is read on the host."""
-    torch._assert_async((counts == counts[0]).all(), UNEVEN)
-    return x.view_as(x)
-
-
-def gather_tokens(x: Tensor, size: int, group: str) -> Tensor:
-    """Tokens of all ranks, x [B, T, ...] -> [B, P T, ...]; every rank holds as many. Backward:
-    reduce-scatter.
-    """
-    gathered = collectives.wait(collectives.start_all_gather(x, size, group))
-    return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def gather_keys_values(k: Tensor, v: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
-    """k [B, T, G, E], v [B, T, G, F] -> the same of all ranks' tokens, by one collective."""
-    both = gather_tokens(torch.cat([k, v], dim=-1), size, group)
-    keys, values = both.split([k.shape[-1], v.shape[-1]], dim=-1)
-    return keys, values
-
-
-def tokens_to_heads(x: Tensor, size: int, group: str) -> Tensor:
-    """This rank's tokens of all heads -> all ranks' tokens of its share of heads: [B, T, H, E] -> [B, P T, H/P, E]."""
-    by_rank = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1)
-    moved = collectives.wait(collectives.start_even_all_to_all(by_rank, size, group))
-    return moved.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def heads_to_tokens(x: Tensor, size: int, group: str) -> Tensor:
-    """The way back: [B, P T, H/P, E] -> [B, T, H, E]."""
-    by_rank = x.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
-    moved = collectives.wait(collectives.start_even_all_to_all(by_rank, size, group))
-    return moved.unflatten(0, (size, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def sum_over_tokens(x: Tensor, dims: list[int], keepdim: bool, group: str) -> Tensor:

@@ -5,6 +5,8 @@ other axes: losses, statistics and gradients are those of one rank with all toke
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -175,6 +177,38 @@ def test_a_mesh_equals_one_rank(name: str) -> None:
 @pytest.mark.parametrize("name", ["sp, ep", "folded over dp", "dp alone, experts everywhere"])
 def test_with_places_for_all_a_mesh_equals_one_rank(name: str) -> None:
     compare(LAYOUTS[name], ("loss",), float(EXPERTS))
+
+
+def test_with_a_capacity_other_numbers_of_tokens_stop_every_rank() -> None:
+    """In a later call, which nothing is compiled for: each learns it before an exchange could hang."""
+    layout = LAYOUTS["ep alone, two rows"]
+    meshed, one = layout.meshed(1.25), graph(2, 2)
+    graphs = meshed.transformed(one.captured)
+    told: list[tuple[int, str]] = []
+    both = threading.Barrier(2)
+
+    def noting(rank: int) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            try:
+                return graphs[rank](*args)
+            except RuntimeError as error:
+                told.append((rank, str(error)))
+                # The error of one rank wakes the others, which then die of that.
+                both.wait(timeout=30)
+                raise
+
+        return call
+
+    def inputs(*lengths: int) -> list[list[object]]:
+        ids = torch.zeros(2, 2, 12, dtype=torch.int64)
+        return [one.inputs(*(x[:, :n] for x in ids), r, 2) for r, n in enumerate(lengths)]
+
+    calls = [noting(rank) for rank in range(2)]
+    meshed.run(calls, inputs(8, 8), weights_of("loss"))
+    assert not told
+    with pytest.raises(RuntimeError, match="different numbers of rows"):
+        meshed.run(calls, inputs(8, 6), weights_of("loss"))
+    assert sorted(rank for rank, text in told if "different numbers of rows" in text) == [0, 1]
 
 
 @pytest.mark.parametrize("loss", ["aux_loss", "z_loss", "cross_entropy"])

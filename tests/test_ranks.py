@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +34,8 @@ CONFIG = ModelConfig(
     shared_expert_size=8,
 )
 LENGTH = 24
+# Tokens of each rank, step by step: one graph for all of them.
+LENGTHS = {2: ([12, 12], [9, 15], [20, 4]), 4: ([6, 6, 6, 6], [3, 9, 7, 5], [12, 3, 3, 6])}
 
 
 def close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
@@ -42,8 +46,12 @@ def close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
 
 def train(rank: int, size: int, experts: bool, packed: bool, inner: str = "aot_eager") -> None:
     """Three steps of the compiled model on this rank's tokens against the plain model on all of them."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    whole, model = LinearMoEForCausalLM(CONFIG), LinearMoEForCausalLM(CONFIG)
+    # On two ranks everybody gets all keys; on four, heads travel.
+    config = CONFIG if size == 2 else replace(CONFIG, num_heads=4, num_kv_heads=4)
+    whole, model = LinearMoEForCausalLM(config), LinearMoEForCausalLM(config)
     model.load_state_dict(whole.state_dict())
     documents = torch.tensor([0, 7, 16, LENGTH], dtype=torch.int32) if packed else None
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sp",))
@@ -57,9 +65,8 @@ def train(rank: int, size: int, experts: bool, packed: bool, inner: str = "aot_e
         inner=inner,
     )
     steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, model)]
-    share = LENGTH // size
-    mine = slice(rank * share, (rank + 1) * share)
-    for _ in range(3):
+    for lengths in LENGTHS[size]:
+        mine = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
         ids, labels = torch.randint(0, 32, (2, 1, LENGTH))
         labels[0, 5] = -100
         expected = whole(ids, labels, documents)
@@ -73,6 +80,7 @@ def train(rank: int, size: int, experts: bool, packed: bool, inner: str = "aot_e
         for optimiser in steps:
             optimiser.step()
             optimiser.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     dist.barrier()
 
 
@@ -90,7 +98,9 @@ def compare_gradients(rank: int, model: nn.Module, whole: nn.Module) -> None:
 
 
 def disagree(rank: int, size: int) -> None:
-    """Ranks that compile different graphs are told so, by an error on each."""
+    """Ranks that compile different graphs, or hold other numbers of tokens than promised, are told so by an error on
+    each.
+    """
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sp",))
     schedule = "all_gather" if rank else "transpose"
     layer = lmoe.compile(
@@ -102,6 +112,17 @@ def disagree(rank: int, size: int) -> None:
     )
     with pytest.raises(Exception, match="compiled different collectives"):
         layer(*torch.randn(3, 1, 6, 2, 4))
+    dist.barrier()
+    promised = lmoe.compile(
+        lambda q, k, v: torch.ops.lmoe.attention(q * 2, k * 2, v * 2),
+        mesh=mesh,
+        sequence_parallel="sp",
+        even_tokens=True,
+        inner="aot_eager",
+    )
+    assert promised(*torch.randn(3, 1, 6, 2, 4)).shape == (1, 6, 2, 4)
+    with pytest.raises(RuntimeError, match="even_tokens=True promised as many"):
+        promised(*torch.randn(3, 1, 6 + rank, 2, 4))
     dist.barrier()
 
 

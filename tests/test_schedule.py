@@ -79,6 +79,20 @@ def test_random_numbers_and_changes_of_operands_keep_their_place() -> None:
     assert order(gm)[2:4] == ["add", "all_to_all_single"]
 
 
+def test_what_a_check_forbids_does_not_start_before_it() -> None:
+    def step(x: Tensor, group: str) -> Tensor:
+        late = x.sin().cos()
+        torch._assert_async((late < 2).all(), "too large")
+        rows = collectives.wait(collectives.start_even_all_to_all(x * 2, 2, group))
+        return rows.cos()
+
+    gm = graph_of(step, torch.randn(4))
+    before = order(gm)
+    assert not RaiseStarts()(gm).counts
+    assert order(gm) == before
+    assert before.index("_assert_async") < before.index("all_to_all_single")
+
+
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_graph_keeps_its_nodes_and_comes_to_rest(data: st.DataObject) -> None:

@@ -53,7 +53,7 @@ def flat(result: object) -> tuple[Tensor, ...]:
 
 
 def on_ranks(layer: nn.Module, x: Tensor, weights: list[Tensor], size: int) -> list[RankResult]:
-    """The layer cut over `size` simulated ranks; one graph, because no rank enters it."""
+    """The layer cut over `size` simulated ranks."""
     axes = [Axis.on_one_group("tp", size, rank, "0") for rank in range(size)]
     models = [copy.deepcopy(layer) for _ in axes]
     for model, axis in zip(models, axes, strict=True):
@@ -62,7 +62,12 @@ def on_ranks(layer: nn.Module, x: Tensor, weights: list[Tensor], size: int) -> l
     graph = captured.graph
     assert graph is not None
     names = [parameter_name(n) for n in graph.graph.nodes if n.op == "placeholder"]
-    assert TensorParallel(axes[0], cuts_of(models[0]))(graph).counts
+    graphs = [copy.deepcopy(graph) for _ in axes]
+    for axis, gm in zip(axes, graphs, strict=True):
+        for node, kept in zip(gm.graph.nodes, graph.graph.nodes, strict=True):
+            # Where a parameter comes from; a deep copy leaves it out.
+            node._dynamo_source = getattr(kept, "_dynamo_source", None)
+        assert TensorParallel(axis, cuts_of(models[0]))(gm).counts
 
     def one(rank: int, _: str) -> RankResult:
         given = captured.flat_inputs(x)
@@ -70,7 +75,7 @@ def on_ranks(layer: nn.Module, x: Tensor, weights: list[Tensor], size: int) -> l
             place if name is None else models[rank].get_parameter(name)
             for place, name in zip(given, names, strict=True)
         ]
-        run = run_graph(graph, inputs, weights)
+        run = run_graph(graphs[rank], inputs, weights)
         grads = zip(names, run.grads, strict=True)
         found = {name or "x": grad for name, grad in grads if grad is not None}
         return RankResult(run.outputs, found, cuts_of(models[rank]))
@@ -123,10 +128,21 @@ def test_more_ranks_cut_experts_and_dense_layers_too() -> None:
     check(new_block("attention", num_experts=0, num_kv_heads=4), size=4)
 
 
+@pytest.mark.parametrize(("kv_heads", "size"), [(1, 2), (1, 4), (2, 4)])
+def test_ranks_share_key_value_heads_where_these_are_fewer(kv_heads: int, size: int) -> None:
+    """Neighbours have a copy each, and its whole gradient."""
+    layer = new_block("attention", num_kv_heads=kv_heads).mixer
+    check(layer, size=size)
+    cut = copy.deepcopy(layer)
+    _cut_layers(cut, Axis.on_one_group("tp", size, size - 1, "0"))
+    assert (cut.num_heads, cut.num_kv_heads) == (4 // size, 1)
+    assert torch.equal(cut.k_proj.weight, layer.k_proj.weight[-4:])
+
+
 def test_heads_that_ranks_do_not_divide_are_refused_by_layer() -> None:
     block = nn.ModuleDict({"first": new_block("attention")})
-    with pytest.raises(NotShardable, match="2 key-value heads on 4 ranks") as error:
-        _cut_layers(block, Axis.on_one_group("tp", 4, 0, "0"))
+    with pytest.raises(NotShardable, match="2 key-value heads on 3 ranks") as error:
+        _cut_layers(block, Axis.on_one_group("tp", 3, 0, "0"))
     assert error.value.where == "first.mixer"
     with pytest.raises(NotShardable, match="4 channels of an MLP on 3 ranks"):
         _cut_layers(SwiGLU(8, 4), Axis.on_one_group("tp", 3, 0, "0"))

@@ -11,14 +11,9 @@ from simulated import Captured, on_ranks, run_graph
 from torch import Tensor, fx, nn
 
 from lmoe_compiler.errors import MixesTokens, NotShardable
-from lmoe_compiler.models.attention import Attention
-from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.short_convolution import short_conv, token_shift
 from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.halo import Halo
-from lmoe_compiler.passes.losses import GlobalNumbers
-from lmoe_compiler.passes.sequence_parallel import SequenceParallel
-from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.verifier import Verifier
 from lmoe_compiler.runtime.mesh import Axis
 
@@ -105,24 +100,3 @@ def test_other_shifts_are_refused_with_what_to_write(layer: Callable[[Tensor], T
     with pytest.raises(MixesTokens, match="runs along the token axis") as error:
         Halo(Axis.on_one_group("sp", 2, 0, "0"))(graph)
     assert "token_shift(x) or F.pad(x, (0, 0, n, -n))" in error.value.try_
-
-
-@pytest.mark.parametrize("way", ["keys", "heads"])
-def test_uneven_ranks_with_softmax_stop_with_an_error(way: str) -> None:
-    """A gather of different sizes would hang or mix rows up; every rank sees the counts and raises."""
-    config = ModelConfig(
-        hidden_size=8, num_heads=2, num_kv_heads=2, head_dim=4, num_layers=1, layer_pattern="N"
-    )
-    layer = Attention(config).double()
-    x = torch.randn(1, LENGTH, 8, dtype=torch.float64)
-    captured = Captured(lambda x: (layer(x),), x)
-
-    def spread(gm: fx.GraphModule, axis: Axis) -> None:
-        SequenceParallel(axis)(gm)
-        SoftmaxParallel(axis, way=way)(gm)
-        GlobalNumbers(axis)(gm)
-
-    flat = [captured.flat_inputs(part) for part in x.split([5, 7], dim=1)]
-    weights = [[torch.ones(())]] * 2
-    with pytest.raises(RuntimeError, match="ranks hold different numbers of tokens"):
-        on_ranks(captured, spread, flat, weights)

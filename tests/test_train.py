@@ -125,6 +125,8 @@ def test_configuration_survives_toml_and_checkpoints(tmp_path):
         ({"compiler": "nvcc"}, "compiler='nvcc' does not exist"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"held_out": 1.5}, "held_out=1.5"),
+        ({"expert_capacity": -1.0}, "neither 0 nor a positive number"),
+        ({"expert_capacity": 1.0, "compiler": "none"}, "without a compiler"),
         ({"minutes": 0}, "nothing to do"),
         ({"model": {"layers": 3}}, "no option 'layers'"),
     ],
@@ -181,6 +183,30 @@ def test_a_run_learns_and_leaves_everything(text, tmp_path, capsys):
     # and decoding continues from it
     assert cli.main(["generate", str(out), "--prompt", "def ", "--tokens", "5"]) == 0
     assert capsys.readouterr().out.splitlines()[-2:][0].startswith("def ")
+
+
+def test_what_a_capacity_drops_is_shown_and_logged(text, tmp_path, capsys):
+    """With places for all nothing is, and losses are those of the exact model; with few, most is."""
+
+    def train(name: str, *more: str) -> tuple[list[float], list[list[float]], str]:
+        same = ("--steps", "3", "--evaluations", "1", "--compiler", "eager")
+        assert cli.main(["train", *flags(text, tmp_path / name, *same, *more)]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        records = [record for record in map(json.loads, lines) if "loss" in record]
+        shares = [record["dropped"] for record in records if "dropped" in record]
+        return [record["loss"] for record in records], shares, capsys.readouterr().out
+
+    exact, none, _ = train("exact")
+    roomy, zeros, _ = train("roomy", "--expert-capacity", "4")
+    tight, shares, printed = train("tight", "--expert-capacity", "0.25")
+    assert roomy == pytest.approx(exact, rel=1e-5)
+    assert tight[1:] != pytest.approx(exact[1:], rel=1e-5)
+    assert none == []
+    assert zeros == [[0.0, 0.0]] * 3
+    # Four experts have places for a quarter of all rows, and perhaps not all are taken.
+    assert all(0.75 <= share < 1 for row in shares for share in row)
+    assert f"dropped {max(shares[-1]):.1%} at most" in printed
+    assert "places for 0.25 of a balanced load" in printed
 
 
 def test_resume_continues_with_bitwise_the_same_losses(text, tmp_path):
@@ -376,9 +402,9 @@ def test_damaged_checkpoints_are_named_with_the_one_before(tmp_path):
 # -- what a person sees --------------------------------------------------------------------------
 
 
-def a_step(number: int, progress: float) -> Step:
+def a_step(number: int, progress: float, *dropped: float) -> Step:
     load = [[0.5, 0.25, 0.25, 0.0]]
-    return Step(number, progress, 2.5, 1e-3, 0.7, number * 512, 1234.0, 30.0, load)
+    return Step(number, progress, 2.5, 1e-3, 0.7, number * 512, 1234.0, 30.0, load, dropped)
 
 
 def test_plain_display():
@@ -400,12 +426,20 @@ def test_live_display_shows_all_of_it():
     from lmoe_compiler.train.display import LiveDisplay
 
     display = LiveDisplay({"trigram": 2.5})
-    display.step(a_step(40, 0.5))
+    display.step(a_step(40, 0.5, 0.0125))
     display.evaluation(Evaluation(40, 20480, 31.0, 2.125))
     out = io.StringIO()
     console.Console(file=out, width=100).print(display._render())
     display.close()
-    for part in ("2.5000", "2.1250 bits per byte", "trigram 2.50", "1,234 tokens/s", "0:30", "█▄▄"):
+    for part in (
+        "2.5000",
+        "2.1250 bits per byte",
+        "trigram 2.50",
+        "1,234 tokens/s",
+        "0:30",
+        "█▄▄",
+        "dropped 1.25%",
+    ):
         assert part in out.getvalue(), part
 
 

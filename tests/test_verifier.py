@@ -29,7 +29,7 @@ from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.splice import Editor
 from lmoe_compiler.passes.traffic import collectives, depends_on
 from lmoe_compiler.passes.verifier import Verifier, signature
-from lmoe_compiler.runtime import agreement, dispatch, exchange, sequence
+from lmoe_compiler.runtime import agreement, attention, dispatch, exchange, sequence
 from lmoe_compiler.runtime import collectives as run
 from lmoe_compiler.runtime.mesh import TRAFFIC, Axis
 from lmoe_compiler.runtime.topology import TOPOLOGIES
@@ -169,11 +169,11 @@ LAYERS = "layers.0.mixer", "layers.1.mixer"
 BROKEN = {
     "entry state": Broken(argument(torch.ops.lmoe.scan, 2, []), LAYERS[0], "starts from zero"),
     "halo": Broken(argument(torch.ops.lmoe.short_conv, 3, None), LAYERS[0], "lacks the last tokens"),
-    "keys": Broken(skip(sequence.gather_keys_values), LAYERS[1], "lacks keys and values"),
+    "keys": Broken(skip(attention.gather_keys_values), LAYERS[1], "lacks keys and values"),
     "place of queries": Broken(
         argument(torch.ops.lmoe.attention, 4, None), LAYERS[1], "lacks the place of its queries"
     ),
-    "heads stay": Broken(skip(sequence.heads_to_tokens), LAYERS[1], "gives tokens of other", "heads"),
+    "heads stay": Broken(skip(attention.heads_to_tokens), LAYERS[1], "gives tokens of other", "heads"),
     "documents of a recurrence": Broken(
         argument(torch.ops.lmoe.scan, 3, None), LAYERS[0], "has lost its documents"
     ),
@@ -192,7 +192,7 @@ BROKEN = {
     "router": Broken(detach(dispatch.combine, 1), "layers.0.mlp", "gives no gradient|has a router"),
     "states": Broken(detach(sequence.place, 0), LAYERS[0], "gives no gradient to"),
     "keys' gradient": Broken(
-        detach(sequence.gather_keys_values, 0), LAYERS[1], "gives no gradient to"
+        detach(attention.gather_keys_values, 0), LAYERS[1], "gives no gradient to"
     ),
     "a gradient summed twice": Broken(
         lambda gm: _sum_experts(gm), "", "has its gradient summed"

@@ -38,7 +38,7 @@ from lmoe_compiler.models import RECURRENCES
 from lmoe_compiler.passes.planner import size as bytes_
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.traffic import kind_of, operand_of
-from lmoe_compiler.runtime import collectives, sequence
+from lmoe_compiler.runtime import attention, collectives
 from lmoe_compiler.runtime.fold import apply
 from lmoe_compiler.runtime.topology import COLLECTIVES, TOPOLOGIES
 
@@ -237,7 +237,7 @@ def _by_inputs(recurrence: Recurrence, rank: int, size: int, group: str) -> Func
 
     def run(*inputs: Tensor) -> Tensor:
         whole = [
-            sequence.gather_tokens(x, size, group) if var.kind == "token" else x
+            attention.gather_tokens(x, size, group) if var.kind == "token" else x
             for var, x in zip(recurrence.inputs, inputs, strict=True)
         ]
         length = inputs[0].shape[1]

@@ -1,8 +1,8 @@
 """Compiles a model for ranks that do not exist: passes, autograd and partition as on real ones, by the rank in the
 middle of a fake process group.
 
-Weights take no memory, nothing runs. Of equal layers one is compiled, and stands for all of them (replay.py).
-What passes/schedule.py moves after autograd is not moved here: on real ranks more is hidden than the replay says.
+Weights take no memory, nothing runs. Of equal layers one is compiled, and stands for all of them (unroll.py), before
+collectives are moved as they are on real ranks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import fx
 from torch.distributed.device_mesh import init_device_mesh
 
 from lmoe_compiler.dry_run.presets import Setting
+from lmoe_compiler.dry_run.unroll import Step, unroll
 from lmoe_compiler.errors import InvalidOption
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
@@ -55,6 +57,22 @@ class Compiled:
     choices: dict[str, Choice]
     parameters: dict[str, torch.Tensor]
     token: Any
+
+    def steps(self, backward: bool) -> list[Step]:
+        """The whole model's graph."""
+        return self._backward_steps if backward else self._forward_steps
+
+    @cached_property
+    def _forward_steps(self) -> list[Step]:
+        return self._unrolled(self.forward, backward=False)
+
+    @cached_property
+    def _backward_steps(self) -> list[Step]:
+        return self._unrolled(self.backward, backward=True)
+
+    def _unrolled(self, gm: fx.GraphModule, backward: bool) -> list[Step]:
+        setting = self.setting
+        return unroll(gm.graph, setting.config.letters, setting.kinds, self.token, backward)
 
 
 @contextmanager
@@ -131,7 +149,7 @@ def _spread(gm: fx.GraphModule, setting: Setting, tokens: Axis, experts: Axis | 
             tokens, schedule=setting.schedule, topology=setting.topology, span=setting.span
         ),
         Halo(tokens),
-        SoftmaxParallel(tokens),
+        SoftmaxParallel(tokens, even=True),
         GlobalNumbers(tokens),
         *([ExpertParallel(experts)] if experts else []),
         Overlap(),

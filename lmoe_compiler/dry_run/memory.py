@@ -2,7 +2,7 @@
 
 Weights and gradients in the model's type, AdamW's moments and a master copy in float32, none of them cut over ranks;
 all that the forward keeps for the backward; and the most that is alive besides, in either graph as autograd makes them
-(Inductor fuses, and keeps less).
+and schedule.py orders them (Inductor fuses, and keeps less).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from lmoe_compiler.dry_run.capture import Compiled
-from lmoe_compiler.dry_run.replay import AFTER, BEFORE, segments
 from lmoe_compiler.dry_run.sizes import Sizes
+from lmoe_compiler.dry_run.unroll import AFTER, BEFORE, segments
+from lmoe_compiler.passes.schedule import reordered
 
 ADAM = 12  # bytes a parameter: two moments and a master copy
 
@@ -107,13 +108,15 @@ def _is_view(node: fx.Node) -> bool:
 def _working(graph: fx.Graph, sizes: Sizes, kept: set[fx.Node]) -> float:
     """The most bytes that are alive at one node, without inputs and what is kept."""
     owners = _owners(graph)
-    last = {owners[operand]: node for node in graph.nodes for operand in node.all_input_nodes}
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    order = [*reordered(graph), output]
+    last = {owners[operand]: node for node in order for operand in node.all_input_nodes}
     ends: dict[fx.Node, list[fx.Node]] = {}
     for owner, node in last.items():
         ends.setdefault(node, []).append(owner)
     alive = most = 0.0
     held: dict[fx.Node, float] = {}
-    for node in graph.nodes:
+    for node in order:
         if node.op.startswith("call") and owners[node] is node and node not in kept:
             held[node] = sum(sizes.num_bytes(x) for x in _tensors(node.meta.get("val")))
             alive += held[node]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.dry_run.presets import Setting
-from lmoe_compiler.dry_run.replay import AFTER, BEFORE, COMPUTE, WEIGHTS, Event, Replay
+from lmoe_compiler.dry_run.replay import COMPUTE, WEIGHTS, Event, Replay
 from lmoe_compiler.dry_run.text import headline
+from lmoe_compiler.dry_run.unroll import AFTER, BEFORE
 
 LANES = (COMPUTE, "state", "tokens", "experts", "numbers", WEIGHTS)
 COLOURS = {

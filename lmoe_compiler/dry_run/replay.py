@@ -2,26 +2,26 @@
 
 One lane computes, in the graph's order, at the topology's rate; elementwise work takes no time. Each traffic class has
 a lane of its own, in which collectives queue. A wait holds the computing lane until its collective has arrived: that
-is the exposed time. A layer kind was compiled once and is replayed for every layer of that kind.
+is the exposed time. A layer kind was compiled once and stands for every layer of that kind (unroll.py).
 
 Gradients of replicated weights are reduced layer by layer while the backward goes on, as DDP and FSDP2 do.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from lmoe_compiler.dry_run.capture import Compiled
 from lmoe_compiler.dry_run.sizes import Sizes
-from lmoe_compiler.passes.splice import layer_of
+from lmoe_compiler.dry_run.unroll import AFTER, BEFORE, Step
 from lmoe_compiler.passes.traffic import WAIT, Collective, collectives
 from lmoe_compiler.runtime.topology import COLLECTIVES, SCHEDULES
 
 COMPUTE, WEIGHTS = "compute", "weights"
-BEFORE, AFTER = -1, -2  # segments of a graph that belong to no layer: embedding; head and loss
 
 
 @dataclass
@@ -55,44 +55,13 @@ class Replay:
 
 def replay(compiled: Compiled, tokens: int | None = None) -> Replay:
     """One forward and backward. `tokens` on each rank, if other than what was compiled for."""
-    setting = compiled.setting
-    count = setting.tokens if tokens is None else tokens
+    count = compiled.setting.tokens if tokens is None else tokens
     sizes = Sizes(compiled.token, count, (compiled.forward, compiled.backward))
     clock = _Clock(compiled, sizes)
-    letters, kinds = setting.config.letters, setting.kinds
-    parts = segments(compiled.forward.graph, backward=False)
-    clock.run(parts.get(BEFORE, []), BEFORE, False)
-    for layer, letter in enumerate(letters):
-        clock.run(parts[kinds.index(letter)], layer, False)
-    clock.run(parts.get(AFTER, []), AFTER, False)
-    parts = segments(compiled.backward.graph, backward=True)
-    clock.run(parts.get(AFTER, []), AFTER, True)
-    clock.reduce(AFTER, ("norm.", "lm_head."))
-    for layer, letter in reversed(list(enumerate(letters))):
-        kind = kinds.index(letter)
-        clock.run(parts[kind], layer, True)
-        clock.reduce(layer, (f"layers.{kind}.",))
-    clock.run(parts.get(BEFORE, []), BEFORE, True)
-    clock.reduce(BEFORE, ("embed.",))
+    clock.run(compiled.steps(backward=False), False)
+    clock.run(compiled.steps(backward=True), True)
     clock.finish()
     return Replay(clock.events, clock.now)
-
-
-def segments(graph: fx.Graph, backward: bool) -> dict[int, list[fx.Node]]:
-    """Nodes of each compiled layer, of what comes before and after; a node without a name goes with the one before."""
-    first, last = (AFTER, BEFORE) if backward else (BEFORE, AFTER)
-    current, found, seen = first, dict[int, list[fx.Node]](), False
-    for node in graph.nodes:
-        if not node.op.startswith("call"):
-            continue
-        named = "nn_module_stack" in node.meta or "fwd_nn_module_stack" in node.meta
-        number = re.search(r"\blayers\.(\d+)\b", layer_of(node))
-        if number:
-            current, seen = int(number[1]), True
-        elif named:
-            current = last if seen else first
-        found.setdefault(current, []).append(node)
-    return found
 
 
 @dataclass
@@ -104,15 +73,21 @@ class _Clock:
     _free: dict[str, float] = field(default_factory=dict)
     _started: dict[fx.Node, Event] = field(default_factory=dict)
     _seen: dict[fx.Node, float] = field(default_factory=dict)
+    _forced_state: dict[int, tuple[float, float]] = field(default_factory=dict)
 
-    def run(self, nodes: list[fx.Node], layer: int, backward: bool) -> None:
-        """One segment. Computing between two waits is one event."""
-        begun = self.now
-        talks = {c.node: c for c in collectives(nodes)}
-        state = self._state(list(talks.values()))
-        for node in nodes:
+    def run(self, steps: Sequence[Step], backward: bool) -> None:
+        """One graph. Computing in one layer, between two waits, is one event."""
+        talks = {c.node: c for c in collectives(step.node for step in steps)}
+        self._forced_state = self._states(steps, talks)
+        missing = Counter(step.layer for step in steps)
+        begun, layer = self.now, BEFORE
+        for step in steps:
+            node = step.node
+            if step.layer != layer:
+                self._computed(begun, layer, backward)
+                begun, layer = self.now, step.layer
             if node in talks:
-                event = self._price(talks[node], layer, backward, state)
+                event = self._price(talks[node], layer, backward)
                 self._send(event)
                 self._started[node] = event
             elif node.target == WAIT:
@@ -123,12 +98,21 @@ class _Clock:
                     event.exposed += arrived - self.now
                     begun = self.now = arrived
             else:
-                self.now += self._work(node)
+                self.now += self._work(step.compiled)
+            missing[layer] -= 1
+            if backward and not missing[layer]:
+                self._computed(begun, layer, backward)
+                begun = self.now
+                self.reduce(layer)
         self._computed(begun, layer, backward)
 
-    def reduce(self, layer: int, prefixes: tuple[str, ...]) -> None:
+    def reduce(self, layer: int) -> None:
         """All-reduce of the gradients of a layer's weights: of experts over the ranks that hold the same ones."""
         setting = self.compiled.setting
+        outside = {BEFORE: ("embed.",), AFTER: ("norm.", "lm_head.")}
+        prefixes = outside.get(layer) or (
+            f"layers.{setting.kinds.index(setting.config.letters[layer])}.",
+        )
         dense = experts = 0.0
         for name, parameter in self.compiled.parameters.items():
             if name.startswith(prefixes):
@@ -169,12 +153,10 @@ class _Clock:
         self._free[event.lane] = event.start + event.seconds
         self.events.append(event)
 
-    def _price(
-        self, talk: Collective, layer: int, backward: bool, state: tuple[float, float] | None
-    ) -> Event:
+    def _price(self, talk: Collective, layer: int, backward: bool) -> Event:
         lane, ranks = self.compiled.lanes[talk.group]
-        if lane == "state" and state:
-            volume, seconds = state
+        if lane == "state" and self._forced_state:
+            volume, seconds = self._forced_state[layer]
         else:
             operand = self._operand(talk)
             cost = COLLECTIVES[talk.kind]
@@ -199,11 +181,20 @@ class _Clock:
         """Whether a schedule was asked for that exchange.py does not execute: the model of it takes its place."""
         return any(x.name == self.compiled.setting.schedule and not x.runs for x in SCHEDULES)
 
-    def _state(self, talks: list[Collective]) -> tuple[float, float] | None:
+    def _states(
+        self, steps: Sequence[Step], talks: Mapping[fx.Node, Collective]
+    ) -> dict[int, tuple[float, float]]:
         """(bytes, seconds) of each of a layer's state collectives, where they stand for another schedule's."""
-        own = [t for t in talks if self.compiled.lanes[t.group][0] == "state"]
-        if not own or not self._forced():
-            return None
-        choice = self.compiled.choices[own[0].layer]
-        volume, seconds = choice.costs[choice.planned]
-        return volume / len(own), seconds / len(own)
+        if not self._forced():
+            return {}
+        own = [s for s in steps if s.node in talks and self._lane(talks[s.node]) == "state"]
+        counts = Counter(step.layer for step in own)
+        found = {}
+        for step in own:
+            choice = self.compiled.choices[talks[step.node].layer]
+            volume, seconds = choice.costs[choice.planned]
+            found[step.layer] = volume / counts[step.layer], seconds / counts[step.layer]
+        return found
+
+    def _lane(self, talk: Collective) -> str:
+        return self.compiled.lanes[talk.group][0]

@@ -30,10 +30,11 @@ COMPILED = 4096  # tokens a rank at compilation; any number gives the same graph
 LEAST = 16  # tokens a rank: below, halos and chunks are longer than what they serve
 
 ASSUMPTIONS = """\
-Assumptions: one sequence over all ranks (no data parallelism), experts over up to 64 neighbours, balanced routing; one
-document fills the sequence; bfloat16; products at the stated rate whatever their size, elementwise work free; links at
-the stated speed without congestion; gradients of weights reduced once a step, while the backward runs; recurrences at
-the cheapest schedule that runs; softmax layers by heads where ranks divide them, else everybody gets all keys."""
+Assumptions: one sequence over all ranks (no data parallelism), as many tokens on each; experts over up to 64
+neighbours, balanced routing; one document fills the sequence; bfloat16; products at the stated rate whatever their
+size, elementwise work free; links at the stated speed without congestion; gradients of weights reduced once a step,
+while the backward runs; recurrences at the cheapest schedule that runs; softmax layers by heads where ranks divide
+them, else everybody gets all keys."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from itertools import groupby
 from lmoe_compiler.dry_run.capture import Compiled
 from lmoe_compiler.dry_run.memory import Memory
 from lmoe_compiler.dry_run.presets import Setting
-from lmoe_compiler.dry_run.replay import AFTER, BEFORE, COMPUTE, Event, Replay
+from lmoe_compiler.dry_run.replay import COMPUTE, Event, Replay
+from lmoe_compiler.dry_run.unroll import AFTER, BEFORE
 from lmoe_compiler.passes.planner import size
 
 HEAD = ("layers", "exchange", "received", "us", "exposed", "received", "us", "exposed")
@@ -49,10 +50,10 @@ def table(setting: Setting, replayed: Replay) -> str:
     """A line for each exchange of each kind of layer: bytes received, time, and what of it is exposed."""
     rows = [HEAD]
     for layers in _places(setting):
-        own = [e for e in replayed.events if e.layer == layers[0] and e.lane != COMPUTE]
+        own = [e for e in replayed.events if e.layer in layers and e.lane != COMPUTE]
         for what in dict.fromkeys((e.lane, e.what) for e in own):
             both = [
-                _sums(e for e in own if (e.lane, e.what) == what and e.backward is b)
+                _sums((e for e in own if (e.lane, e.what) == what and e.backward is b), len(layers))
                 for b in (False, True)
             ]
             rows.append((_names(layers), f"{what[0]}: {what[1]}", *both[0], *both[1]))
@@ -62,12 +63,13 @@ def table(setting: Setting, replayed: Replay) -> str:
     return aligned(rows)
 
 
-def _sums(events: Iterable[Event]) -> tuple[str, str, str]:
+def _sums(events: Iterable[Event], layers: int = 1) -> tuple[str, str, str]:
+    """In the mean of so many layers."""
     found = list(events)
     if not found:
         return ("", "", "")
     volume, seconds, exposed = (
-        sum(getattr(e, name) for e in found) for name in ("volume", "seconds", "exposed")
+        sum(getattr(e, name) for e in found) / layers for name in ("volume", "seconds", "exposed")
     )
     return (size(volume), f"{seconds * 1e6:.0f}", f"{exposed * 1e6:.0f}")
 

@@ -55,6 +55,11 @@ class TrainConfig:
     dp: int = option(0, "ranks that share the rows of a batch; 0: all that there are")
     sp: int = option(1, "ranks that share a sequence")
     ep: int = option(1, "ranks that share the experts: 1, sp, dp or all of the same ranks")
+    expert_capacity: float = option(
+        0.0,
+        "places of an expert for each rank's rows, in units of a balanced load; what finds none is dropped, "
+        "in training and on held-out text, and shown; 0: exact, nothing is dropped",
+    )
     timeout: float = option(600.0, "seconds after which ranks no longer wait for each other")
 
     dtype: str = option("fp32", "fp32, or bf16 by autocast")
@@ -84,6 +89,17 @@ class TrainConfig:
                 raise InvalidTraining(f"{name}={getattr(self, name)} is not positive")
         if self.dp < 0 or self.timeout <= 0:
             raise InvalidTraining(f"dp={self.dp}, timeout={self.timeout}: neither may be negative")
+        if not 0 <= self.expert_capacity < float("inf"):
+            raise InvalidTraining(
+                f"expert_capacity={self.expert_capacity} is neither 0 nor a positive number",
+                try_="--expert-capacity 1.25",
+            )
+        if self.expert_capacity and self.compiler == "none":
+            raise InvalidTraining(
+                f"expert_capacity={self.expert_capacity} without a compiler",
+                why="places are counted out by our backend; models themselves are exact",
+                try_="--compiler aot_eager",
+            )
         if not 0 < self.held_out < 1:
             raise InvalidTraining(
                 f"held_out={self.held_out} is not between 0 and 1", try_="--held-out 0.05"

@@ -19,7 +19,8 @@ _BARS = " ▁▂▃▄▅▆▇█"
 @dataclass(frozen=True)
 class Step:
     """One optimiser step. `load` has a row per sparse layer: each expert's share of that layer's
-    choices.
+    choices. `dropped`: of each sparse layer, the share of its choices that found no place; empty
+    without a capacity.
     """
 
     step: int
@@ -31,6 +32,7 @@ class Step:
     tokens_per_second: float
     seconds: float
     load: Sequence[Sequence[float]]
+    dropped: Sequence[float] = ()
 
     @property
     def seconds_left(self) -> float:
@@ -92,10 +94,11 @@ class PlainDisplay:
             return
         self._last = now
         worst = max((max(row) * len(row) for row in step.load), default=1.0)
+        dropped = f"dropped {max(step.dropped):.1%} at most  " if step.dropped else ""
         self.say(
             f"step {step.step:6d}  {step.progress:4.0%}  loss {step.loss:.4f}  "
             f"lr {step.learning_rate:.1e}  {step.tokens_per_second:7,.0f} tokens/s  "
-            f"busiest expert {worst:.1f}x  {clock(step.seconds_left)} left"
+            f"busiest expert {worst:.1f}x  {dropped}{clock(step.seconds_left)} left"
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -180,7 +183,10 @@ class LiveDisplay:
         )
         for layer, shares in enumerate(step.load):
             worst = max(shares) * len(shares)
-            facts.add_row(f"experts {layer}", f"{load_bars(shares)}  busiest {worst:.2f}x")
+            text = f"{load_bars(shares)}  busiest {worst:.2f}x"
+            if step.dropped:
+                text += f"  dropped {step.dropped[layer]:.2%}"
+            facts.add_row(f"experts {layer}", text)
         return Panel(Group(bar, facts), title="lmoe train")
 
     def _held_out(self) -> str:

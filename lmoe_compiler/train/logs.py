@@ -30,6 +30,7 @@ class Logs:
 
     def step(self, step: Step) -> None:
         load = [[round(share, 4) for share in row] for row in step.load]
+        dropped = {"dropped": list(step.dropped)} if step.dropped else {}
         self._write(
             {
                 "step": step.step,
@@ -40,6 +41,7 @@ class Logs:
                 "gradient_norm": step.gradient_norm,
                 "tokens_per_second": round(step.tokens_per_second),
                 "load": load,
+                **dropped,
             }
         )
         for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
@@ -47,6 +49,8 @@ class Logs:
         for layer, shares in enumerate(step.load):
             busiest = max(shares) * len(shares)
             self._board.add_scalar(f"experts/busiest_{layer}", busiest, step.step)
+        for layer, share in enumerate(step.dropped):
+            self._board.add_scalar(f"experts/dropped_{layer}", share, step.step)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._write(

@@ -157,7 +157,7 @@ class Trainer:
         rate = learning_rate(self.config, self.progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        loss, load = self._gradients()
+        loss, load, dropped = self._gradients()
         norm = self.ranks.clip_gradients(self.model, self.config.clip)
         if not torch.isfinite(norm):
             where = diagnose.first_non_finite_gradient(self.model)
@@ -184,12 +184,13 @@ class Trainer:
             tokens_per_second=self._speed,
             seconds=clock.seconds,
             load=(load / load.sum(-1, keepdim=True)).tolist(),
+            dropped=(dropped.sum(-1) / load.sum(-1)).tolist() if config.expert_capacity else (),
         )
         logs.step(step)
         self.display.step(step)
 
-    def _gradients(self) -> tuple[float, Tensor]:
-        """Accumulated gradients of one step; its mean cross entropy and experts' loads."""
+    def _gradients(self) -> tuple[float, Tensor, Tensor]:
+        """Accumulated gradients of one step; its mean cross entropy, experts' loads and what they drop."""
         total, loads = 0.0, []
         for micro in range(self.config.accumulate):
             batch = self._batch(micro)
@@ -202,9 +203,10 @@ class Trainer:
                 self._stop(f"the loss is {float(output.loss.detach())}", where)
             (output.loss / self.config.accumulate).backward()
             total += float(output.cross_entropy.detach()) / self.config.accumulate
-            loads.append(output.expert_load)
+            loads.append(torch.stack([output.expert_load, output.expert_dropped]))
         self.ranks.sum_gradients(self.model)
-        return total, torch.stack(loads).sum(0)
+        load, dropped = torch.stack(loads).sum(0)
+        return total, load, dropped
 
     def _batch(self, micro: int) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -265,8 +267,9 @@ class Trainer:
     def _nats(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of each token [B, T]; the same on all ranks."""
         model, rows = self.model, len(inputs)
-        if self.ranks.size > 1:
-            # Cut up, only the compiled model is right; rows of nothing make a whole batch.
+        if self.ranks.size > 1 or self.config.expert_capacity:
+            # Cut up, only the compiled model is right; rows of nothing make a whole batch. They stand behind the
+            # others, so they take no places from them.
             model, missing = self.compiled, self.config.batch_size - rows
             inputs, labels = (F.pad(x, (0, 0, 0, missing)) for x in (inputs, labels))
         with self._precision():

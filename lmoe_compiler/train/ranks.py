@@ -73,6 +73,8 @@ class Ranks:
             "data_parallel": "dp",
             "sequence_parallel": "sp" if self.mesh["sp"].size() > 1 else None,
             "expert_parallel": self.experts or None,
+            # check_layout has seen to it.
+            "even_tokens": True,
             # Once a step, after all of its batches: `sum_gradients` below.
             "sum_gradients": False,
         }

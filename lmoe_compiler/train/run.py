@@ -138,7 +138,9 @@ def _train(config: TrainConfig, resume: Path | None, ranks: Ranks) -> int:
         print(introduction(config, model, corpus, ranks), flush=True)
         display = make_display(beaten)
     ranks.spread(model)
-    compiled = compile_model(model, config.compiler, **ranks.options)
+    compiled = compile_model(
+        model, config.compiler, expert_capacity=config.expert_capacity or None, **ranks.options
+    )
     trainer = Trainer(config, model, compiled, corpus, display, ranks)
     try:
         if resume is not None:
@@ -181,12 +183,14 @@ def introduction(
     layers = " ".join(str(m.mixers[letter]) for letter in m.letters)
     facts = corpus.facts
     length = f"{config.steps} steps" if config.steps else f"{config.minutes:g} minutes"
+    factor = config.expert_capacity
+    places = f", places for {factor:g} of a balanced load" if factor else ""
     grid = f", {ranks.size} ranks: sp {config.sp}, ep {config.ep}, dp {ranks.size // config.sp}"
     return "\n".join(
         [
             f"model   {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active; {layers}",
             f"        {m.num_experts} experts, {m.top_k} a token, "
-            f"shared expert {m.shared_expert_size or 'none'}",
+            f"shared expert {m.shared_expert_size or 'none'}{places if m.num_experts else ''}",
             f"text    {facts['files']:,} files, {facts['train_bytes'] / 1e6:.1f} MB to train on, "
             f"{facts['held_out_bytes'] / 1e6:.1f} MB held out",
             f"run     {length}, {config.accumulate * config.batch_size} x {config.sequence_length} "
