@@ -8,8 +8,7 @@ from lmoe_compiler.bench.workloads import Shape
 from lmoe_compiler.codegen.compiled import Request
 from lmoe_compiler.codegen.cost import B, H, T, device, estimate
 from lmoe_compiler.codegen.names import printable
-from lmoe_compiler.codegen.partition import Call
-from lmoe_compiler.codegen.plan import Plan
+from lmoe_compiler.codegen.plan import Call, Plan
 from lmoe_compiler.codegen.triton import function_name
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program

@@ -17,8 +17,7 @@ from math import prod
 import sympy
 
 from lmoe_compiler.codegen import tuned
-from lmoe_compiler.codegen.partition import Call
-from lmoe_compiler.codegen.plan import KEPT_SPAN, Choice, Kernel, Plan, Tuning, Value
+from lmoe_compiler.codegen.plan import KEPT_SPAN, Call, Choice, Kernel, Plan, Tuning, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Read, Step, topological
 

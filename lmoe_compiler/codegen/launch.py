@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import ModuleType
@@ -35,15 +34,6 @@ def interpreting() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-def overflowing() -> AbstractContextManager[Any]:
-    """Near kernels overflow in chunks that are redone by far ones: NumPy, which interprets them, shall not warn."""
-    if not interpreting():
-        return nullcontext()
-    import numpy
-
-    return numpy.errstate(over="ignore", invalid="ignore")
 
 
 @dataclass(frozen=True)
@@ -113,8 +103,7 @@ class Launcher:
         from triton.runtime.errors import OutOfResources
 
         try:
-            with overflowing():
-                compiled = self.function[(grid,)](*args, **self.constants, **self.options)
+            compiled = self.function[(grid,)](*args, **self.constants, **self.options)
         except OutOfResources as error:
             raise DoesNotFit(
                 self.kernel.tuned_as, error.name, error.required, error.limit

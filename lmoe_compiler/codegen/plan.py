@@ -233,6 +233,27 @@ LENGTHS = ("N", "TOKENS", "PROGRAMS", "T_0", "T_ALL", "T")
 FAR = 8
 """Programs of a near kernel that one program of its far kernel looks after: most have nothing to do but end."""
 
+OUTPUT = "o"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a plan is made for: everything of a call that changes the kernels' text."""
+
+    sizes: tuple[tuple[str, int], ...]
+    heads: int
+    input_heads: tuple[tuple[str, int], ...]
+    dtype: str
+    varlen: bool = False
+    has_initial: bool = False
+    has_final_gradient: tuple[bool, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums over rows must keep every digit of fp32."""
+        return self.dtype == "fp32"
+
+
 KEPT_SPAN = 1024
 """Tokens between the states that a forward keeps, so that its backward starts from all of them at once."""
 

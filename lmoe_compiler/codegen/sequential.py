@@ -18,8 +18,9 @@ from dataclasses import replace
 from functools import reduce
 from math import isqrt, prod
 
-from lmoe_compiler.codegen.partition import OUTPUT, Call
 from lmoe_compiler.codegen.plan import (
+    OUTPUT,
+    Call,
     Carry,
     Choice,
     Kernel,

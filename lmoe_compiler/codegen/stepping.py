@@ -8,8 +8,7 @@ from __future__ import annotations
 from math import prod
 
 from lmoe_compiler.codegen.cost import device
-from lmoe_compiler.codegen.partition import Call
-from lmoe_compiler.codegen.plan import Choice, Tuning, padded
+from lmoe_compiler.codegen.plan import Call, Choice, Tuning, padded
 from lmoe_compiler.ir.nodes import Program
 
 WIDEST, NARROWEST = 64, 16

@@ -16,8 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lmoe_compiler.codegen.partition import Call
-from lmoe_compiler.codegen.plan import Choice, Tuning
+from lmoe_compiler.codegen.plan import Call, Choice, Tuning
 from lmoe_compiler.ir.nodes import Program
 from lmoe_compiler.ir.text import print_program
 
