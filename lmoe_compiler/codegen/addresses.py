@@ -1,6 +1,7 @@
 """A kernel's text under construction: statements, parameters, addresses and loads.
 
-The first layer of the printer; expressions.py adds operations, loops.py the walk over chunks, triton.py the signature.
+The first layer of the printer; expressions.py adds operations, parallel.py and loops.py walks over chunks, triton.py
+the signature.
 """
 
 from __future__ import annotations

@@ -1,211 +1,18 @@
-"""What surrounds a chunk's statements: program indices, the loop over chunks or tiles, carried states."""
+"""Kernels that walk: a scan over the chunks of a sequence with its carried states, and the step of one token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmoe_compiler.codegen.addresses import INDENT, identifier
-from lmoe_compiler.codegen.expressions import LATER, Expressions
-from lmoe_compiler.codegen.plan import FAR, WALKS, Carry, Store, Value
-from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.statements import (
-    Block,
-    spread,
-)
+from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.parallel import Parallel
+from lmoe_compiler.codegen.plan import Carry, Value
+from lmoe_compiler.codegen.statements import Block, spread
 from lmoe_compiler.ir.nodes import ROW, Node
 
 
-class Loops(Expressions):
-    """Prints the body of a kernel by its order: a scan, one chunk, or one token."""
-
-    def print_indices(self) -> None:
-        kernel, varlen = self.kernel, self.plan.varlen
-        self.write(f"i_p = {'i_far' if kernel.levels == 'far' else 'tl.program_id(0)'}")
-        for axis in kernel.tile_sizes:
-            a = identifier(axis)
-            self.write(f"i_{a} = i_p % tl.cdiv({a}, B{a})")
-            self.write(f"i_p = i_p // tl.cdiv({a}, B{a})")
-        self.write("i_h = i_p % H")
-        if kernel.order == "step":
-            self.write("i_n = i_p // H")
-        elif kernel.order != "parallel":
-            self.print_span()
-        elif varlen:
-            self.write("i_slot = (i_p // H).to(tl.int64)")
-            self.write("i_n = find_sequence(cu_seqlens, N, i_slot, C)")
-            self.print_sequence()
-            self.write("i_c = (i_slot - bos // C - i_n).to(tl.int32)")
-        else:
-            self.write("n_c = tl.cdiv(T, C)")
-            self.write("i_slot = (i_p // H).to(tl.int64)")
-            self.write("i_n = i_p // H // n_c")
-            self.write("i_c = i_p // H % n_c")
-            self.print_first_rows()
-        if kernel.order not in ("step", *WALKS):
-            self.write("o_t = tl.arange(0, C)")
-        for axis in self.axes_used:
-            if axis not in dict(self.kernel.inner):
-                self.print_axis(axis)
-
-    def print_span(self) -> None:
-        """The sequence of this program and its chunks i_first .. i_last."""
-        span = self.kernel.span
-        if not span:
-            self.write("i_n = i_p // H")
-            self.print_sequence()
-            return
-        self.constants["SPAN"] = span
-        if self.plan.varlen:
-            self.write("i_n = find_sequence(cu_seqlens, N, i_p // H, SPAN)")
-            self.print_sequence()
-            self.write("i_s = (i_p // H - bos // SPAN - i_n).to(tl.int32)")
-        else:
-            self.write("i_s = i_p // H % tl.cdiv(T, SPAN)")
-            self.write("i_n = i_p // H // tl.cdiv(T, SPAN)")
-            self.print_sequence()
-        self.write("n_s = tl.maximum(tl.cdiv(T, SPAN), 1)")
-        self.write("i_first = i_s * (SPAN // C)")
-        self.write("i_last = tl.minimum(i_first + SPAN // C, n_c)")
-        if self.kernel.skip_last:
-            self.write(f"i_last = tl.where({self.scanned_last}, i_first, i_last)")
-
-    @property
-    def scanned_last(self) -> str:
-        """Whether no other span of the sequence starts from what this one ends with."""
-        return "i_s == 0" if self.kernel.order == "reverse" else "i_s == n_s - 1"
-
-    def print_axis(self, axis: str) -> None:
-        a = identifier(axis)
-        start = f"i_{a} * B{a} + " if axis in self.kernel.block_sizes else ""
-        primes = {d for d in self.primed if self.axis(d) == axis} | {axis}
-        for dim in sorted(primes):
-            d = identifier(dim)
-            self.write(f"o_{d} = {start if dim == axis else ''}tl.arange(0, B{a})")
-            if self.masked(axis):
-                self.write(f"m_{d} = o_{d} < {a}")
-
-    @property
-    def primed(self) -> set[str]:
-        return {d for block in self.blocks.values() for d in block.dims if d.endswith("'")}
-
-    def print_sequence(self) -> None:
-        if not self.plan.varlen:
-            self.write("n_c = tl.cdiv(T, C)")
-            self.print_first_rows()
-            return
-        self.write("bos = tl.load(cu_seqlens + i_n).to(tl.int64)")
-        self.write("T = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)")
-        self.write("n_c = tl.cdiv(T, C)")
-
-    def print_first_rows(self) -> None:
-        self.write("bos = i_n.to(tl.int64) * T")
-        if self.sectioned:
-            self.write("bos_all = i_n.to(tl.int64) * T_ALL + T_0")
-
-    def print_rows(self) -> None:
-        self.write("i_t = bos + i_c * C")
-        if self.sectioned:
-            self.write("i_t_all = bos_all + i_c * C")
-        self.write("m_t = i_c * C + o_t < T")
-
-    def print_parallel(self) -> list[str]:
-        """All loads first: without a loop nothing else brings them in flight together.
-
-        Sums over levels fill the registers: what they do not read is loaded after them.
-        """
-        if self.kernel.levels == "near":
-            self.write("b_reach = tl.full([], 0.0, tl.float32)")
-        self.print_rows()
-        sums = [n for n in self.nodes if n.op == "level_sum" and n not in self.cut]
-        early = closure(sums, self.cut) if sums else self.nodes
-        for node in early:
-            if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
-                self.emit(node)
-        for node in sums:
-            if self.inner_split(node) != "tile" and not self.kernel.inner:
-                self.emit(node)
-        stores = list(self.kernel.stores)
-        if self.kernel.inner:
-            stores = self.print_tiles(stores)
-        for store in stores:
-            self.store(store.node, store.value)
-        if self.kernel.levels == "near":
-            self.write(f"tl.store({self.reach} + tl.program_id(0), b_reach)")
-        return self.lines
-
-    @property
-    def reach(self) -> str:
-        assert self.kernel.reach is not None
-        name = identifier(self.kernel.reach.name)
-        self.args[name] = self.kernel.reach
-        return name
-
-    def print_far(self, lines: Sequence[str]) -> list[str]:
-        """`lines`, of one program of the near kernel, for each of `FAR` whose chunk it did not do."""
-        self.constants["FAR"] = FAR
-        self.lines, self.depth = [], 1
-        self.write("i_far = tl.program_id(0) * FAR + tl.arange(0, FAR)")
-        self.write(
-            f"b_reach = tl.load({self.reach} + i_far, mask=i_far < PROGRAMS, other=0.0)  # [FAR]"
-        )
-        self.write("if tl.max(b_reach, 0) <= NEAR:")
-        self.write("    return")
-        self.write("i_first = tl.program_id(0) * FAR")
-        self.write("for i_far in range(i_first, tl.minimum(i_first + FAR, PROGRAMS)):")
-        self.write(f"    if tl.load({self.reach} + i_far) > NEAR:")
-        return [*self.lines, *(2 * INDENT + line for line in lines)]
-
-    def print_tiles(self, stores: Sequence[Store]) -> list[Store]:
-        """The loop over the inner axis: contractions over it and stores of tiles; the stores that remain.
-
-        What follows from the sums is linear in them, and is computed once, after the loop.
-        """
-        kind = self.inner_split
-        tiles = [s for s in stores if kind(s.node) == "tile"]
-        rest = [s for s in stores if kind(s.node) != "tile"]
-        parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
-        walked = closure([*parts, *(s.node for s in tiles)], self.cut)
-        users = [n for n in walked if kind(n) in ("tile", "part") and n not in self.cut]
-        operands = {a for n in users for a in n.args}
-        for node in walked:
-            if kind(node) == "whole" and node in operands and not self.in_level(node):
-                self.emit(node)
-        totals = {node: self.zeros(self.dims_of(node)) for node in parts}
-        sums = [n for n in parts if n.op == "level_sum"]
-        self.totals = {id(n): totals[n] for n in sums}
-        outside, casts = dict(self.blocks), dict(self.casts)
-        ((axis, _),) = self.kernel.inner
-        a = identifier(axis)
-        self.write(f"for i_{a} in range(0, tl.cdiv({a}, B{a})):")
-        self.depth += 1
-        self.print_axis(axis)
-        for node in walked:
-            if self.is_load(node) and kind(node) == "tile":
-                self.emit(node)
-        for node, total in totals.items():
-            block = self.emit(node)
-            if id(node) not in self.totals:
-                self.write(f"{total.text} += {self.broadcast(block, total.dims)}")
-        for store in tiles:
-            self.store(store.node, store.value)
-        self.depth -= 1
-        for node in sums:
-            if node.args[0].op == "pairs" and self.kernel.levels != "far":
-                name = totals[node].text
-                self.write(f"{name} = tl.where({LATER}, {name}, 0.0)")
-        self.blocks.clear()
-        self.blocks.update(outside | {id(n): t for n, t in totals.items()})
-        self.casts = casts
-        return rest
-
-    def is_contraction(self, node: Node) -> bool:
-        """Whether the loop over the inner axis adds this up: a contraction over it, or over levels of such ones."""
-        if self.inner_split(node) != "part" or node in self.levels or node in self.cut:
-            return False
-        if node.op == "level_sum":
-            inside = [n for n in closure(node.args, self.cut) if n in self.levels]
-            return any(self.inner_split(a) == "tile" for n in inside for a in n.args)
-        return any(self.inner_split(a) == "tile" for a in node.args)
+class Loops(Parallel):
+    """Prints the body of a scan or a step."""
 
     def print_step(self) -> list[str]:
         for carry in self.kernel.carries:
@@ -308,18 +115,6 @@ class Loops(Expressions):
             self.write(f"{name} = {block.text}")
             self.blocks[id(node)] = Block(own, block.dims, block.type)
         self.at, self.slot = ("i_t", "m_t"), "i_slot"
-
-    @property
-    def slots_used(self) -> bool:
-        return any(v.per == "chunk" for v in self.values())
-
-    def inside(self, chunk: str) -> str:
-        """A chunk of this sequence, also where `chunk` lies before its first or after its last."""
-        return f"tl.maximum(tl.minimum({chunk}, n_c - 1), 0)"
-
-    def print_slot(self, name: str, chunk: str) -> None:
-        first = "bos // C + i_n" if self.plan.varlen else "i_n.to(tl.int64) * n_c"
-        self.write(f"{name} = {first} + {chunk}")
 
     def print_start(self, carry: Carry, name: str) -> None:
         dims = tuple(sorted(carry.axes, key=self.order))

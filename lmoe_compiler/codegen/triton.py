@@ -2,7 +2,7 @@
 
 Names follow flash-linear-attention: i_ program and loop indices, o_ offsets, m_ masks, b_ blocks.
 In: plan.py's kernels. Out: text that load.py writes to a file and imports. The layers of a kernel's printer are
-addresses.py, expressions.py, loops.py, walk.py and the signature here.
+addresses.py, expressions.py, indices.py, parallel.py, loops.py, walk.py and the signature here.
 """
 
 from __future__ import annotations
