@@ -12,7 +12,7 @@ from calls import arguments, gated
 
 from lmoe_compiler import implementation
 from lmoe_compiler.bench import host
-from lmoe_compiler.codegen import compiled, cost, fit, launch, run, stepping
+from lmoe_compiler.codegen import compiled, cost, fit, launcher, run, stepping
 from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.config import Options
@@ -91,7 +91,7 @@ def nothing_runs() -> Iterator[None]:
 
 def limited(fits: Sequence[str] | None, limit: int):
     """Launcher.compile of a device that holds no kernel with more than `limit` stages or rows of a chunk."""
-    right = launch.Launcher.compile
+    right = launcher.Launcher.compile
 
     def compile_(self, grid, args, device, keep):
         needed = self.kernel.tuning.num_stages + self.constants["C"]
@@ -104,7 +104,7 @@ def limited(fits: Sequence[str] | None, limit: int):
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_a_plan_that_does_not_fit_gives_way_and_explain_says_so(monkeypatch):
-    monkeypatch.setattr(launch.Launcher, "compile", limited(None, 17))
+    monkeypatch.setattr(launcher.Launcher, "compile", limited(None, 17))
     inputs = arguments(dtype=torch.bfloat16, T=40)
     kernels(*inputs)
     (entry,) = compiled._calls.values()
@@ -117,7 +117,7 @@ def test_a_plan_that_does_not_fit_gives_way_and_explain_says_so(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_an_error_where_nothing_fits(monkeypatch):
-    monkeypatch.setattr(launch.Launcher, "compile", limited(None, 3))
+    monkeypatch.setattr(launcher.Launcher, "compile", limited(None, 3))
     with pytest.raises(ImplementationUnavailable, match=r"fits this device(.|\n)*has 3000"):
         kernels(*arguments(dtype=torch.float32))
 

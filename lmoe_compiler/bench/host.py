@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmoe_compiler import implementation
 from lmoe_compiler.bench.workloads import WORKLOADS, make_inputs
-from lmoe_compiler.codegen import compiled, launch
+from lmoe_compiler.codegen import compiled, launch, launcher
 from lmoe_compiler.definition import Recurrence
 from lmoe_compiler.models import RECURRENCES
 
@@ -36,7 +36,7 @@ class Compiled:
 
 
 def _compile(
-    self: launch.Launcher, grid: int, args: object, device: int | None, keep: bool
+    self: launcher.Launcher, grid: int, args: object, device: int | None, keep: bool
 ) -> None:
     self.compiled[device] = Compiled()
 
@@ -56,7 +56,7 @@ def no_launches() -> Iterator[None]:
     implementation.forget()
     with (
         mock.patch.object(implementation, "_interpreted", _yes),
-        mock.patch.object(launch.Launcher, "compile", _compile),
+        mock.patch.object(launcher.Launcher, "compile", _compile),
         mock.patch.object(launch, "current_stream", _stream),
     ):
         yield

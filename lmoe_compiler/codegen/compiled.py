@@ -20,11 +20,14 @@ from lmoe_compiler.codegen import first_use, sequential, stepping
 from lmoe_compiler.codegen.backward import backward_plan
 from lmoe_compiler.codegen.cost import choose
 from lmoe_compiler.codegen.describe import header, lines
+from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.fit import DoesNotFit, smaller, too_large
 from lmoe_compiler.codegen.forward import forward_plan, step_plan
-from lmoe_compiler.codegen.launch import Executable, Extent, Prepared, interpreting
+from lmoe_compiler.codegen.launch import Executable
+from lmoe_compiler.codegen.launcher import interpreting
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.plan import KEPT_SPAN, OUTPUT, Call, Choice, Plan, Value, kept_states
+from lmoe_compiler.codegen.prepare import Prepared
 from lmoe_compiler.codegen.supported import DTYPES, axis_sizes
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program

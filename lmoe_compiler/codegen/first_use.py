@@ -16,7 +16,8 @@ from torch import Tensor
 from lmoe_compiler import layout
 from lmoe_compiler.codegen import cost
 from lmoe_compiler.codegen.gradients import gathered
-from lmoe_compiler.codegen.launch import Executable, interpreting
+from lmoe_compiler.codegen.launch import Executable
+from lmoe_compiler.codegen.launcher import interpreting
 from lmoe_compiler.codegen.plan import OUTPUT
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import WrongResult

@@ -16,8 +16,9 @@ from torch import Tensor
 from lmoe_compiler import layout
 from lmoe_compiler.codegen import compiled
 from lmoe_compiler.codegen.compiled import forget, report
+from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.gradients import cast, gathered
-from lmoe_compiler.codegen.launch import Extent, interpreting
+from lmoe_compiler.codegen.launcher import interpreting
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.supported import axis_sizes, unsupported
 from lmoe_compiler.config import Options

@@ -1,0 +1,76 @@
+"""One kernel of a loaded module: its parameters, its compile-time constants, and its way through Triton's JIT."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from lmoe_compiler.codegen.fit import DoesNotFit
+from lmoe_compiler.codegen.plan import Kernel, Plan
+from lmoe_compiler.codegen.triton import function_name
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton runs its interpreter (on CPU tensors): fixed when triton is imported."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+class Launcher:
+    """One kernel of a loaded module. Its first launch on a device goes through Triton's JIT, later ones do not."""
+
+    def __init__(self, plan: Plan, kernel: Kernel, module: ModuleType, printer: Any) -> None:
+        self.kernel = kernel
+        self.function = getattr(module, function_name(plan, kernel))
+        self.names = tuple(printer.args)
+        self.needs_tokens = printer.needs_tokens
+        self.constants = _constants(plan, printer.constant_names())
+        tuning = kernel.tuning
+        self.options: dict[str, Any] = {
+            "num_warps": tuning.num_warps,
+            "num_stages": tuning.num_stages,
+        }
+        # By device; compiled for aligned pointers and 32-bit lengths.
+        self.compiled: dict[int | None, Any] = {}
+
+    def compile(self, grid: int, args: Sequence[Any], device: int | None, keep: bool) -> None:
+        """Launch through Triton's JIT, and keep what it compiled."""
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            compiled = self.function[(grid,)](*args, **self.constants, **self.options)
+        except OutOfResources as error:
+            raise DoesNotFit(
+                self.kernel.tuned_as, error.name, error.required, error.limit
+            ) from None
+        if keep and not interpreting():
+            self.compiled[device] = compiled
+
+
+def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
+    import triton.language as tl
+
+    half = plan.dtype != "fp32" and not plan.walks
+    settings = {
+        "DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[plan.dtype]
+        if half and not interpreting()
+        else tl.float32,
+        # tf32 has the mantissa of fp16: where fp16 is not enough, neither is tf32.
+        "PRECISION": "ieee"
+        if interpreting()
+        else "tf32"
+        if half and plan.dtype == "bf16"
+        else "tf32x3",
+        "INVERSE": "ieee" if interpreting() else "tf32" if half else "tf32x3",
+        # Scaled operands stay within the range of the products' type: exp(80) = 5e34, exp(8) = 3e3.
+        # In fp32 an error of their exponents (1e-7 of the sum) may not show.
+        "NEAR": {"bf16": 80.0, "fp16": 8.0, "fp32": 16.0}[plan.dtype],
+        "SPLIT": half and not interpreting(),
+    }
+    return {
+        name: settings[name] if isinstance(value, str) else value for name, value in names.items()
+    }

@@ -1,0 +1,185 @@
+"""What calls of the same lengths would compute again: shapes, places in one workspace, grids, and arguments as indices.
+
+A plan in sections has launches for each, from the last to the first; what they pass on lies in two buffers in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+
+from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.extent import Extent, programs, shape_of
+from lmoe_compiler.codegen.launcher import Launcher, interpreting
+from lmoe_compiler.codegen.plan import FAR, Kernel, Passed, Plan, Value
+
+TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that a call allocates: results and parts are tensors of their own, the rest lies in the workspace."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    zeros: bool
+    parts: bool
+    strides: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rest = (self.shape[i + 1 :] for i in range(len(self.shape)))
+        strides = tuple(prod(max(n, 1) for n in sizes) for sizes in rest)
+        object.__setattr__(self, "strides", strides)
+
+    @property
+    def bytes(self) -> int:
+        size = prod(self.shape) * self.dtype.itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a call. Arguments: slots (inputs, own tensors, the workspace), lengths, constants."""
+
+    launcher: Launcher
+    grid: int
+    slots: tuple[int, ...]
+    lengths: tuple[int, ...]
+    constants: tuple[Any, ...]
+    # Slots of own tensors that are parts of sums, once it has run.
+    parts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What calls of one extent have in common. The workspace begins with what has to be zero.
+
+    `ready` are the devices on which every kernel has run.
+    """
+
+    own: tuple[Made, ...]
+    shared: tuple[Made, ...]
+    offsets: tuple[int, ...]
+    bytes: int
+    zeros: int
+    launches: tuple[Launch, ...]
+    results: tuple[int, ...]
+    narrow: bool
+    ready: set[int | None] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Makes `Prepared` of an executable, whose fields these are (launch.py)."""
+
+    plan: Plan
+    launchers: Sequence[Launcher]
+    given: tuple[str, ...]
+    results: tuple[str, ...]
+    dtypes: Mapping[str, torch.dtype]
+
+    def prepared(self, extent: Extent) -> Prepared:
+        sections = self.sections(extent)
+        longest = replace(extent, length=max(length for _, length in sections))
+        made: dict[str, Made] = {}
+        for kernel in self.plan.kernels:
+            for value in kernel.written:
+                within = extent if value.whole else longest
+                made[identifier(value.name)] = self.made(value, within, kernel)
+        for one in self.plan.passed:
+            del made[one.out.name]
+            made |= self.buffers(one, extent)
+        own = [m for m in made.values() if m.name in self.results or m.parts]
+        shared = sorted((m for m in made.values() if m not in own), key=lambda m: not m.zeros)
+        offsets = [0]
+        for m in shared:
+            offsets.append(offsets[-1] + m.bytes)
+        names = [*self.given, *(m.name for m in (*own, *shared))]
+        place = {name: i for i, name in enumerate(names)}
+        launches: list[Launch] = []
+        for number, section in enumerate(sections):
+            here = place | self.between(place, number, last=number == len(sections) - 1)
+            launches += self.launches(extent, section, here)
+        # Parts of a result are added up when all sections have left theirs.
+        ends = {slot: i for i, one in enumerate(launches) for slot in one.parts}
+        launches = [
+            replace(one, parts=tuple(slot for slot in one.parts if ends[slot] == i))
+            for i, one in enumerate(launches)
+        ]
+        return Prepared(
+            tuple(own),
+            tuple(shared),
+            tuple(offsets[:-1]),
+            offsets[-1],
+            sum(m.bytes for m in shared if m.zeros),
+            tuple(launches),
+            tuple(place[name] for name in self.results),
+            extent.batch * extent.length < 2**31,
+        )
+
+    def sections(self, extent: Extent) -> list[tuple[int, int]]:
+        """First token and length of the parts of all sequences that are worked on one after another."""
+        size = self.plan.choice.section
+        if not size or not self.plan.passed:
+            return [(0, extent.length)]
+        starts = range(0, max(extent.length, 1), size)
+        return [(start, min(size, extent.length - start)) for start in reversed(starts)]
+
+    def made(self, value: Value, extent: Extent, kernel: Kernel) -> Made:
+        dot = torch.float32 if interpreting() else TORCH_DTYPE[self.plan.dtype]
+        name = identifier(value.name)
+        dtype = {"dot": dot, "fp32": torch.float32}.get(value.dtype) or self.dtypes[name]
+        # Packed documents leave slots of chunks unused, which are read or summed with the others.
+        zeros = value.per == "chunk" and extent.varlen
+        shape = shape_of(value, self.plan, extent, kernel)
+        return Made(name, shape, dtype, zeros, bool(value.parts))
+
+    def buffers(self, one: Passed, extent: Extent) -> dict[str, Made]:
+        """What a value passed between sections lies in: two in turn, a zero start and a result where there are such."""
+        names = {f"{one.out.name}_{i}": False for i in range(2)}
+        names |= {} if one.given.name in self.given else {one.given.name: True}
+        names |= {one.result.name: False} if one.result.name in self.results else {}
+        shape = shape_of(one.out, self.plan, extent, self.plan.kernels[-1])
+        return {name: Made(name, shape, torch.float32, zero, False) for name, zero in names.items()}
+
+    def between(self, place: Mapping[str, int], number: int, last: bool) -> dict[str, int]:
+        """Where a section finds, and where it leaves, what passes from section to section."""
+        found = {}
+        for one in self.plan.passed:
+            turns = [place[f"{one.out.name}_{i}"] for i in range(2)]
+            found[one.into.name] = turns[(number - 1) % 2] if number else place[one.given.name]
+            goes = last and one.result.name in place
+            found[one.out.name] = place[one.result.name] if goes else turns[number % 2]
+        return found
+
+    def launches(
+        self, extent: Extent, section: tuple[int, int], place: Mapping[str, int]
+    ) -> Iterator[Launch]:
+        """The kernels of one section."""
+        start, length = section
+        within = replace(extent, length=length)
+        for launcher in self.launchers:
+            kernel = launcher.kernel
+            slots = [place[name] for name in launcher.names]
+            numbers: list[Any] = []
+            if extent.varlen:
+                slots.append(place["cu_seqlens"])
+                numbers.append(extent.sequences)
+            numbers += [extent.batch * length] if launcher.needs_tokens else []
+            grid = programs(kernel, self.plan, within)
+            if kernel.levels == "far":
+                numbers.append(grid)
+                grid = -(-grid // FAR)
+            numbers += [start, extent.length] if self.plan.passed else []
+            numbers.append(length)
+            written = kernel.written if kernel.levels != "near" else ()
+            parts = [place[identifier(v.name)] for v in written if v.parts]
+            constants = tuple(launcher.constants.values())
+            if grid:
+                yield Launch(launcher, grid, tuple(slots), tuple(numbers), constants, tuple(parts))
