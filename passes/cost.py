@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import fx
 
-from lmoe_compiler.passes.splice import fake_mode_of, known_size, run
+from lmoe_compiler.passes.splice import fake_values, known_size, run
 from lmoe_compiler.passes.token_axis import MARKED, operator
 
 
@@ -21,7 +19,7 @@ def flops(gm: fx.GraphModule, node: fx.Node) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    with fake_mode_of(gm) or contextlib.nullcontext(), torch.no_grad(), counter:
+    with fake_values(gm), torch.no_grad(), counter:
         run(node)
     return float(known_size(counter.get_total_flops()))
 

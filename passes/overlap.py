@@ -19,7 +19,6 @@ The order is decided by the graph alone, so it is the same on every rank; values
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +26,7 @@ from torch import fx
 
 from lmoe_compiler.passes.match import ENTER, EXIT
 from lmoe_compiler.passes.report import Report
-from lmoe_compiler.passes.splice import Editor, fake_mode_of, layer_of, run
+from lmoe_compiler.passes.splice import Editor, fake_values, layer_of, run
 from lmoe_compiler.runtime import capacity, dispatch, exchange
 
 STARTS = frozenset(
@@ -132,7 +131,8 @@ def _multiplies(node: fx.Node) -> bool:
     # Imported here: it imports triton, which importing us must not.
     from torch.utils.flop_counter import FlopCounterMode
 
-    mode = fake_mode_of(node.graph.owning_module)  # type: ignore[arg-type]
-    with mode or contextlib.nullcontext(), torch.no_grad(), FlopCounterMode(display=False) as flops:
+    gm = node.graph.owning_module
+    assert gm is not None
+    with fake_values(gm), torch.no_grad(), FlopCounterMode(display=False) as flops:
         run(node)
     return bool(flops.get_total_flops() > 0)
