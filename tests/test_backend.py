@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -64,6 +65,10 @@ def results(function, model: nn.Module, *args) -> list[Tensor]:
     return [output, x.grad, *(p.grad for p in model.parameters())]
 
 
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.detach().flatten().double() for x in tensors])
+
+
 def same(actual, expected):
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want)
@@ -82,10 +87,15 @@ def test_compiled_is_eager(inner, recompute):
 def test_compiled_by_inductor_is_eager(dtype):
     model, x = Block().to(dtype), torch.randn(2, 7, HIDDEN, dtype=dtype)
     compiled = lmoe.compile(model, fullgraph=True)
-    for got, want in zip(results(compiled, model, x), results(model, model, x), strict=True):
-        # Inductor keeps more digits between bfloat16 operations than eager does.
-        error = (got - want).float().norm() / want.float().norm()
-        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+    got, want = results(compiled, model, x), results(model, model, x)
+    if dtype == torch.float32:
+        for one, other in zip(got, want, strict=True):
+            assert (one - other).norm() / other.norm() < 1e-5
+    else:
+        # Inductor keeps other digits between bfloat16 operations than eager does, so both have errors.
+        wide = copy.deepcopy(model).float()
+        exact = flat(results(wide, wide, x.float()))
+        assert (flat(got) - exact).norm() <= 1.5 * (flat(want) - exact).norm()
 
 
 def test_packed_documents_compile():
