@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
+from lmoe_compiler.passes.cost import counted
 from lmoe_compiler.passes.match import ENTER, EXIT
 from lmoe_compiler.passes.report import Report
-from lmoe_compiler.passes.splice import Editor, fake_values, layer_of, run
+from lmoe_compiler.passes.splice import Editor, layer_of
 from lmoe_compiler.runtime import capacity, dispatch, exchange
 
 STARTS = frozenset(
@@ -128,11 +128,6 @@ class _Waiting:
 
 def _multiplies(node: fx.Node) -> bool:
     """Whether a node has floating point operations to speak of: products of matrices."""
-    # Imported here: it imports triton, which importing us must not.
-    from torch.utils.flop_counter import FlopCounterMode
-
     gm = node.graph.owning_module
     assert gm is not None
-    with fake_values(gm), torch.no_grad(), FlopCounterMode(display=False) as flops:
-        run(node)
-    return bool(flops.get_total_flops() > 0)
+    return counted(gm, node) > 0
