@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lmoe_compiler as lmoe
-from lmoe_compiler import errors
+from lmoe_compiler import backend, errors
 from lmoe_compiler.dims import K, V
 from lmoe_compiler.passes.base import Record
 
@@ -96,6 +96,23 @@ def test_compiled_by_inductor_is_eager(dtype):
         wide = copy.deepcopy(model).float()
         exact = flat(results(wide, wide, x.float()))
         assert (flat(got) - exact).norm() <= 1.5 * (flat(want) - exact).norm()
+
+
+@pytest.mark.slow
+def test_what_inductor_has_kept_is_of_the_same_code(monkeypatch, tmp_path):
+    """A process finds what another has compiled, unless an op of ours has changed in between."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for sources in ("old", "old", "new"):
+        monkeypatch.setattr(backend, "_sources", lambda sources=sources: sources)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, x = Block(), torch.randn(2, 7, HIDDEN)
+        lmoe.compile(model, fullgraph=True)(x)
+        counts = torch._dynamo.utils.counters
+        kept = counts["aot_autograd"]["autograd_cache_hit"], counts["inductor"]["fxgraph_cache_hit"]
+        found.append(any(kept))
+    assert found == [False, True, False]
 
 
 def test_packed_documents_compile():
