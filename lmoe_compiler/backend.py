@@ -92,7 +92,7 @@ def _inductor(
             patches[place] = _for_inductor(PassPipeline(passes), graph)
     # In the key of torch's cache our ops are names; what is behind a name may have changed since.
     tag = f"{torch.compiler.config.cache_key_tag} lmoe {_sources()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return compile_fx(gm, example_inputs, config_patches=patches)
 
 
