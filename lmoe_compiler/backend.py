@@ -8,8 +8,11 @@ Recurrences and expert blocks arrive as single nodes; that is the mark that pass
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
@@ -87,7 +90,23 @@ def _inductor(
     ):
         if passes:
             patches[place] = _for_inductor(PassPipeline(passes), graph)
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    # In the key of torch's cache our ops are names; what is behind a name may have changed since.
+    tag = f"{torch.compiler.config.cache_key_tag} lmoe {_sources()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+@cache
+def _sources() -> str:
+    """A digest of all our code."""
+    digest = hashlib.sha256()
+    for name in ("", ".models", ".passes", ".runtime"):
+        spec = find_spec(f"lmoe_compiler{name}")
+        assert spec is not None
+        for place in spec.submodule_search_locations or ():
+            for file in sorted(Path(place).rglob("*.py")):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _for_inductor(passes: PassPipeline, graph: GraphRecord) -> Any:

@@ -50,7 +50,8 @@ def linear_attention(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
     return S, S.T @ q"""
 
 
-@dataclass(frozen=True)
+# Not equal by its fields: torch 2.11 asks for the hash of one that a traced `with_options` has yet to fill in.
+@dataclass(frozen=True, eq=False)
 class Recurrence:
     """A recurrence over sequences. `definition` is the user's step function (None if it was given as IR).
 
@@ -66,7 +67,7 @@ class Recurrence:
     given: Program | None = field(default=None, repr=False)
     options: Options = field(default_factory=Options)
     # What `with_options` was called on: it keeps the proofs, and it is there before torch.compile traces.
-    origin: Recurrence | None = field(default=None, repr=False, compare=False)
+    origin: Recurrence | None = field(default=None, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """o [B, T, H, ...] of tokens [B, T, H, ...] and heads [H, ...]; call.py has the whole contract."""

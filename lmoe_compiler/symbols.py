@@ -36,6 +36,18 @@ class _DimSource(Source):
         return self.dim
 
 
+class _OnCpu(FakeTensorMode):
+    """Leaves the process's device guards alone: a step is traced on the CPU.
+
+    On a CUDA build without a device torch gives the process one that dies with the thread. A proof has a thread of its
+    own (definition.py), so whatever entered a fake mode after it would crash (c10/core/impl/DeviceGuardImplInterface).
+    """
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return False
+
+
 class Symbols(Sizes):
     """Every dim is a symbol of a ShapeEnv of our own, with a prime as its hint."""
 
@@ -51,7 +63,7 @@ class Symbols(Sizes):
             self.symbols[dim] = self.env.create_symintnode(symbol, hint=hint, source=source)
 
     def running(self) -> AbstractContextManager[object]:
-        return FakeTensorMode(shape_env=self.env)
+        return _OnCpu(shape_env=self.env)
 
     def length(self, dim: str) -> int | SymInt:
         return self.symbols[dim] if dim in self.symbols else self.of[dim]

@@ -6,11 +6,13 @@ S cache slots.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmoe_compiler.cuts import Part, share
 from lmoe_compiler.models.config import ModelConfig
@@ -47,9 +49,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     None for causal.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # float64 as on a GPU: torch 2.11's Inductor takes the CPU kernel's row sums for float32.
+    wide = sdpa_kernel(SDPBackend.MATH) if q.dtype == torch.float64 else nullcontext()
+    with wide:
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return o.transpose(1, 2)
 
 

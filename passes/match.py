@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lmoe_compiler.passes.splice import fake_mode_of
+from lmoe_compiler.passes.splice import fake_values
 
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
@@ -76,7 +76,7 @@ def _trace(
     with ExitStack() as stack:
         for opened in _open_autocasts(node):
             stack.enter_context(torch.autocast(opened[0], opened[1], opened[2]))
-        stack.enter_context(fake_mode_of(gm) or nullcontext())
+        stack.enter_context(fake_values(gm))
         values = [operand.meta["example_value"] for operand in operands]
         traced = make_fx(flat, pre_dispatch=True)(*values)
     assert isinstance(traced, fx.GraphModule)

@@ -19,15 +19,14 @@ The order is decided by the graph alone, so it is the same on every rank; values
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
+from lmoe_compiler.passes.cost import counted
 from lmoe_compiler.passes.match import ENTER, EXIT
 from lmoe_compiler.passes.report import Report
-from lmoe_compiler.passes.splice import Editor, fake_mode_of, layer_of, run
+from lmoe_compiler.passes.splice import Editor, layer_of
 from lmoe_compiler.runtime import capacity, dispatch, exchange
 
 STARTS = frozenset(
@@ -129,10 +128,6 @@ class _Waiting:
 
 def _multiplies(node: fx.Node) -> bool:
     """Whether a node has floating point operations to speak of: products of matrices."""
-    # Imported here: it imports triton, which importing us must not.
-    from torch.utils.flop_counter import FlopCounterMode
-
-    mode = fake_mode_of(node.graph.owning_module)  # type: ignore[arg-type]
-    with mode or contextlib.nullcontext(), torch.no_grad(), FlopCounterMode(display=False) as flops:
-        run(node)
-    return bool(flops.get_total_flops() > 0)
+    gm = node.graph.owning_module
+    assert gm is not None
+    return counted(gm, node) > 0

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
@@ -25,6 +26,17 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+@contextlib.contextmanager
+def fake_values(gm: fx.GraphModule) -> Iterator[None]:
+    """Ops run on the graph's fake values as they do in Dynamo: composite ones by their Python
+    decompositions.
+    """
+    # Those in C++ may ask for plain sizes: torch 2.11's matmul guards that T is this compilation's
+    # length, which makes every T of the graph that number.
+    with fake_mode_of(gm) or contextlib.nullcontext(), enable_python_dispatcher():
+        yield
 
 
 def run(node: fx.Node) -> Any:
@@ -107,7 +119,7 @@ class Editor:
         # Sizes that only the data knows (splits of an all-to-all) are made again by AOTAutograd.
         shapes = self.mode.shape_env if self.mode else None
         fresh = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
-        with self.mode or contextlib.nullcontext(), fresh:
+        with fake_values(self.gm), fresh:
             return run(node)
 
     def data(self, name: str, value: Tensor) -> fx.Node:

@@ -20,7 +20,6 @@ the graph of torch.compile. Out: `Tokens`. Next: sequence_parallel.py.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmoe_compiler.errors import MixesTokens, StaticSequence
-from lmoe_compiler.passes.splice import fake_mode_of, run, where
+from lmoe_compiler.passes.splice import fake_values, run, where
 
 MARKED = frozenset({"scan", "short_conv", "attention", "experts"})
 LOSSES = frozenset({torch.nn.functional.cross_entropy})
@@ -123,7 +122,6 @@ def analyse(gm: fx.GraphModule, sequence_dim: int, cut: bool = True) -> Tokens:
     sequence is spread over ranks, not only the batch.
     """
     tokens = _find_sequence(gm, sequence_dim)
-    mode = fake_mode_of(gm)
     for node in gm.graph.nodes:
         # What passes have put in is theirs to know.
         if node.op not in ("call_function", "call_method") or "lmoe" in node.meta:
@@ -137,7 +135,8 @@ def analyse(gm: fx.GraphModule, sequence_dim: int, cut: bool = True) -> Tokens:
         elif node.target in LOSSES:
             tokens.losses.append(node)
         else:
-            _classify(node, tokens, mode, cut)
+            with fake_values(gm):
+                _classify(node, tokens, cut)
     return tokens
 
 
@@ -169,9 +168,9 @@ def _is_parameter(node: fx.Node) -> bool:
     )
 
 
-def _classify(node: fx.Node, tokens: Tokens, mode: Any, cut: bool) -> None:
+def _classify(node: fx.Node, tokens: Tokens, cut: bool) -> None:
     watch = (_Watch if cut else _WatchRows)(tokens.symbol)
-    with mode or contextlib.nullcontext(), watch, torch.no_grad():
+    with watch, torch.no_grad():
         run(node)
     if watch.problem:
         raise MixesTokens(
@@ -201,15 +200,24 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, symbol: sympy.Symbol) -> None:
         super().__init__()
-        self.symbol, self.problem, self.found = symbol, "", set[str]()
+        self.symbol, self.found = symbol, set[str]()
+        self.problems: list[tuple[Any, str]] = []  # with the result that has it
         self.shift, self.calls = 0, 0
+
+    @property
+    def problem(self) -> str:
+        return next((why for _, why in self.problems), "")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         self.calls += 1
-        self.problem = self.problem or self._problem(func, args, kwargs or {}, out)
+        if func.overloadpacket is torch.ops.aten._assert_async:
+            # F.one_hot checks its ids: what a rank knows of its own tokens ends here.
+            self.problems = [(x, why) for x, why in self.problems if x is not args[0]]
+        elif why := self._problem(func, args, kwargs or {}, out):
+            self.problems.append((out, why))
         return out
 
     def _problem(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed import multi_threaded_pg
 
 Result = TypeVar("Result")
@@ -27,6 +28,7 @@ def run_ranks(size: int, function: Callable[[int, str], Result]) -> list[Result]
     errors: list[tuple[int, BaseException]] = []
     store = dist.HashStore()
     isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    threaded = torch.autograd.is_multithreading_enabled()
     multi_threaded_pg._install_threaded_pg()
     isolate(True)
 
@@ -41,7 +43,7 @@ def run_ranks(size: int, function: Callable[[int, str], Result]) -> list[Result]
             # Wakes the ranks that wait for this one in a collective.
             multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
         finally:
-            dist.destroy_process_group()
+            _leave()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     try:
@@ -53,7 +55,18 @@ def run_ranks(size: int, function: Callable[[int, str], Result]) -> list[Result]
         isolate(False)
         multi_threaded_pg.ProcessLocalGroup.reset()
         multi_threaded_pg._uninstall_threaded_pg()
+        # torch 2.11 leaves off what it has switched off.
+        torch.autograd.set_multithreading_enabled(threaded)
     if errors:
         # Ranks that were woken die of that; the first one has the cause.
         raise errors[0][1]
     return results
+
+
+def _leave() -> None:
+    """What is left to clear of a world that ends with its thread.
+
+    destroy_process_group also clears `comms`, which a thread's world lacks in torch 2.11.
+    """
+    distributed_c10d._update_default_pg(None)
+    distributed_c10d._unregister_all_process_groups()

@@ -5,9 +5,10 @@ the host, that ranks agree, which groups there are, and what is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lmoe_compiler as lmoe
+from lmoe_compiler.backend import INNER_COMPILERS, _aot_eager
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.errors import InvalidOption, MixesTokens, NotShardable
 from lmoe_compiler.models.config import ModelConfig
@@ -64,21 +66,28 @@ class Block(nn.Module):
         return y, routing.aux_loss + routing.z_loss, routing.dropped
 
 
+def compile_only(gm: fx.GraphModule, *args: object) -> Callable[..., object]:
+    """Nothing runs: torch 2.11's ranks that do not exist send no counts, but whatever memory held."""
+    _aot_eager(gm, *args)  # type: ignore[arg-type]
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    return lambda *_: tuple(torch.zeros(()) for _ in output.args[0])
+
+
 @cache
 def compiled(rank: int, factor: float | None, disable: tuple[str, ...] = ()) -> GraphRecord:
     """Forward and backward graph of the block on one of four ranks."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     record = Record(texts=True)
-    with fake_ranks(rank, ep=RANKS) as mesh:
+    inner = patch.dict(INNER_COMPILERS, aot_eager=compile_only)
+    with fake_ranks(rank, ep=RANKS) as mesh, inner:
         model = lmoe.parallelize(Block(), mesh, expert_parallel="ep")
         function = lmoe.compile(
             model, mesh=mesh, expert_parallel="ep", expert_capacity=factor, inner="aot_eager",
             disable=disable, record=record,
         )  # fmt: skip
         groups = len(dist.distributed_c10d._world.pg_map)
-        y, loss, _ = function(torch.randn(2, 6, HIDDEN, requires_grad=True))
-        (y.sum() + loss).backward()
+        function(torch.randn(2, 6, HIDDEN, requires_grad=True))
         assert len(dist.distributed_c10d._world.pg_map) == groups, "a compilation made groups"
     return record.graphs[0]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from lmoe_compiler.passes.cost import attention_formulas
 from lmoe_compiler.passes.traffic import KINDS
 
 
@@ -97,18 +98,7 @@ def _known(size: Any) -> bool:
 
 @cache
 def _formulas() -> dict[Any, Any]:
-    from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+    from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-
-    # torch's table lacks the CPU's name for the same attention.
-    cpu = torch.ops.aten
-    return {
-        **flop_registry,
-        cpu._scaled_dot_product_flash_attention_for_cpu: forward,
-        cpu._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
+    ours = {op: shape_wrapper(formula) for op, formula in attention_formulas().items()}
+    return {**flop_registry, **ours}
