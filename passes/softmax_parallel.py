@@ -25,8 +25,6 @@ from lmoe_compiler.passes.splice import Editor, layer_of, where
 from lmoe_compiler.runtime import attention
 from lmoe_compiler.runtime.mesh import Axis
 
-WAYS = ("auto", "keys", "heads")
-
 
 @dataclass(frozen=True)
 class SoftmaxParallel:

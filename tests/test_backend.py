@@ -65,8 +65,9 @@ def results(function, model: nn.Module, *args) -> list[Tensor]:
     return [output, x.grad, *(p.grad for p in model.parameters())]
 
 
-def flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.detach().flatten().double() for x in tensors])
+def away(x: Tensor, exact: Tensor) -> float:
+    x, exact = x.detach().double(), exact.detach().double()
+    return float((x - exact).norm() / exact.norm())
 
 
 def same(actual, expected):
@@ -89,13 +90,12 @@ def test_compiled_by_inductor_is_eager(dtype):
     compiled = lmoe.compile(model, fullgraph=True)
     got, want = results(compiled, model, x), results(model, model, x)
     if dtype == torch.float32:
-        for one, other in zip(got, want, strict=True):
-            assert (one - other).norm() / other.norm() < 1e-5
-    else:
-        # Inductor keeps other digits between bfloat16 operations than eager does, so both have errors.
-        wide = copy.deepcopy(model).float()
-        exact = flat(results(wide, wide, x.float()))
-        assert (flat(got) - exact).norm() <= 1.5 * (flat(want) - exact).norm()
+        assert all(away(x, y) < 1e-5 for x, y in zip(got, want, strict=True))
+        return
+    # Inductor keeps other digits between bfloat16 operations than eager does, so both have errors.
+    wide = copy.deepcopy(model).float()
+    for one, other, exact in zip(got, want, results(wide, wide, x.float()), strict=True):
+        assert away(one, exact) <= max(1.5 * away(other, exact), 2e-2)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lmoe_compiler.codegen.partition import Partition, named, value_axes
@@ -13,7 +14,7 @@ from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.solve_form import solve_form
 from lmoe_compiler.codegen.tile import to_tiles
 from lmoe_compiler.codegen.token import token_graph
-from lmoe_compiler.ir.nodes import ROW, Program, Var
+from lmoe_compiler.ir.nodes import ROW, Node, Program
 from lmoe_compiler.lower.program import ChunkProgram
 
 
@@ -29,18 +30,7 @@ def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
     part = Partition(program, choice, call)
     if choice.prepare:
         part.prepare(nodes, frozenset(v.name for v in program.states))
-    leaves = named(nodes)
-    carries = [
-        Carry(
-            leaves.get(var.name, var.node),
-            after,
-            var.axes,
-            _initial(var, call.has_initial),
-            Value(f"{var.name}_end", var.axes, "sequence", "fp32"),
-        )
-        for var, after in zip(program.states, following, strict=True)
-    ]
-    carries = part.spans("spans", "forward", carries)
+    carries = part.spans("spans", "forward", _carries(program, nodes, following, call))
     axes = tuple(a for a in chunk.output.axes if a != ROW)
     stores = [Store(output, Value(OUTPUT, axes, "row", "given"))]
     stores += [Store(c.leaf, v) for c, v in zip(carries, kept_states(program), strict=True)]
@@ -54,22 +44,25 @@ def step_plan(program: Program, choice: Choice, call: Call) -> Plan:
     output, *following = to_tiles(
         [output, *states], dict(call.sizes), value_axes(program), call.exact
     )
-    leaves = named(closure([output, *following]))
-    carries = [
-        Carry(
-            leaves.get(var.name, var.node),
-            after,
-            var.axes,
-            _initial(var, call.has_initial),
-            Value(f"{var.name}_end", var.axes, "sequence", "fp32"),
-        )
-        for var, after in zip(program.states, following, strict=True)
-    ]
+    carries = _carries(program, closure([output, *following]), following, call)
     part = Partition(program, choice, call)
     stores = [Store(output, Value(OUTPUT, program.output.axes, "sequence", "given"))]
     part.add("step", "step", carries, stores)
     return part.plan("step")
 
 
-def _initial(var: Var, present: bool) -> Value | None:
-    return Value(f"{var.name}_start", var.axes, "sequence", "fp32") if present else None
+def _carries(
+    program: Program, nodes: Sequence[Node], following: Sequence[Node], call: Call
+) -> list[Carry]:
+    """The states of a sequence from its start to its end; `nodes` are all that the kernel computes."""
+    leaves = named(nodes)
+    return [
+        Carry(
+            leaves.get(var.name, var.node),
+            after,
+            var.axes,
+            Value(f"{var.name}_start", var.axes, "sequence", "fp32") if call.has_initial else None,
+            Value(f"{var.name}_end", var.axes, "sequence", "fp32"),
+        )
+        for var, after in zip(program.states, following, strict=True)
+    ]

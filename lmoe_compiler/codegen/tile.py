@@ -39,7 +39,6 @@ from lmoe_compiler.codegen.simplify import (
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node, topological
 from lmoe_compiler.lower.program import VALID
 
-LOG_ZERO = -104.0
 GATE_OPERAND = {"segment": 0, "decayed": 2, "decayed_rows": 2, "decayed_cols": 2, "decayed_gate": 3}
 
 
