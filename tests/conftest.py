@@ -1,8 +1,9 @@
-"""What every test starts from: one random state, a cache folder of its own, no LMOE_* settings."""
+"""What every test starts from: one random state, nothing compiled, a cache folder of its own, no LMOE_* settings."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_random_state() -> None:
+def _same_start() -> None:
+    """The same random state, and nothing compiled: Dynamo compiles one function at most 8 times a process."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -51,11 +51,6 @@ class Block(nn.Module):
         return x + torch.ops.lmoe.experts(flat, weights, ids, self.gate_up, self.down).view_as(x)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
 def results(function, model: nn.Module, *args) -> list[Tensor]:
     """Output, gradient of the input, gradients of all parameters."""
     model.zero_grad()

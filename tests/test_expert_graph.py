@@ -144,7 +144,6 @@ def test_sums_of_gradients_run_during_the_rest_of_the_backward() -> None:
 @pytest.mark.slow
 def test_inductor_keeps_the_order() -> None:
     """In the code it writes, products stand between the start and the wait of both exchanges."""
-    torch._dynamo.reset()
     with fake_ranks(0, ep=RANKS) as mesh:
         model = lmoe.parallelize(Block(), mesh, expert_parallel="ep")
         function = lmoe.compile(model, mesh=mesh, expert_parallel="ep", expert_capacity=1.25)
@@ -282,7 +281,6 @@ def test_each_kind_of_traffic_has_a_group_and_ranks_make_them_in_one_order(monke
 
 
 def test_a_compilation_makes_no_groups() -> None:
-    torch._dynamo.reset()
     with fake_ranks(0, ep=RANKS) as mesh:
         options = {"mesh": mesh, "expert_parallel": "ep", "inner": "eager"}
         function = torch.compile(Block(), backend="lmoe", options=options)
@@ -301,7 +299,6 @@ def test_experts_that_do_not_divide_are_refused() -> None:
     [(False, "a router that chooses from 4"), (True, "'ep', and the compiler is not told")],
 )
 def test_cutting_and_compiling_have_to_agree(cut: bool, words: str, factor: float | None) -> None:
-    torch._dynamo.reset()
     with fake_ranks(0, ep=RANKS) as mesh:
         model = Block()
         options = {"inner": "eager", "expert_capacity": factor}

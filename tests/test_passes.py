@@ -22,11 +22,6 @@ from lmoe_compiler.passes.report import Report
 N, D, WIDTH, EXPERTS, K = 6, 8, 4, 3, 2
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
 def graph_of(function, *args, dynamic=False) -> fx.GraphModule:
     """The graph that Dynamo makes of a function: what a pass gets."""
     seen = []
