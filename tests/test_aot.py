@@ -47,6 +47,49 @@ def test_a_scan_runs_on_tensor_cores_without_spilling():
     assert scan["cp_async"] > 0
 
 
+TOGETHER = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from lmoe_compiler.bench.plans import request_of
+from lmoe_compiler.codegen.launcher import compile_together
+from lmoe_compiler.models import RECURRENCES
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Driver())
+request = request_of(RECURRENCES["gla"].program(), "backward", (1, 100, 2, 16))
+executable = request.make(request.choice())
+prepared = executable.prepare(request.extent)
+dtypes = [torch.bfloat16 for _ in request.names]
+dtypes += [made.dtype for made in (*prepared.own, *prepared.shared)]
+calls = [
+    (one.launcher, [*(torch.empty(16, dtype=dtypes[slot]) for slot in one.slots), *one.lengths])
+    for one in prepared.launches
+]
+compile_together(calls)
+for launcher, _ in calls:
+    (kernel,) = launcher.function.device_caches[0][0].values()
+    print(launcher.kernel.name, type(kernel).__name__, "cubin" in kernel.asm)
+"""
+
+
+def test_a_first_call_compiles_its_kernels_together(tmp_path):
+    """In threads, and what a launch then looks up is there: with a driver that only names the device."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", TOGETHER], capture_output=True, text=True, check=False,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    kernels = [line.split() for line in ran.stdout.splitlines()]
+    assert len(kernels) >= 5
+    assert all(rest == ["CompiledKernel", "True"] for _, *rest in kernels)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(

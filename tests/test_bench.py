@@ -11,8 +11,7 @@ from lmoe_compiler import cli
 from lmoe_compiler.bench import autotuner, gates, kernels, library, processes, table, tune
 from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.bench.processes import Task, one_by_one, side_by_side
-from lmoe_compiler.bench.workloads import GATE_SHAPES, WORKLOADS, make_inputs
-from lmoe_compiler.codegen.cost import by_rule
+from lmoe_compiler.bench.workloads import GATE_SHAPES, STEP_SHAPES, WORKLOADS, make_inputs
 from lmoe_compiler.models import RECURRENCES
 
 TIMES = {16: 3.0, 32: 1.0, 64: 2.0}
@@ -247,11 +246,12 @@ def test_without_a_gpu_the_bench_says_so(command, capsys):
     assert "there is no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", tune.DIRECTIONS)
 @pytest.mark.parametrize("op", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
-    request = request_of(RECURRENCES[op].program(), direction, GATE_SHAPES[1])
+    shape = STEP_SHAPES[2] if direction in tune.STEPS else GATE_SHAPES[1]
+    request = request_of(RECURRENCES[op].program(), direction, shape)
     choices = list(tune.candidates(request))
-    assert len(choices) == len(set(choices)) > 5
-    assert choices[0] == by_rule(request.program, direction, request.call, *request.lengths)
+    assert len(choices) == len(set(choices)) >= (4 if request.is_step else 6)
+    assert choices[0] == request.rule()
     assert len({request.plan(choice) for choice in choices}) == len(choices)

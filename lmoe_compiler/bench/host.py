@@ -41,6 +41,10 @@ def _compile(
     self.compiled[device] = Compiled()
 
 
+def _together(calls: object) -> None:
+    pass
+
+
 def _yes() -> bool:
     return True
 
@@ -57,6 +61,7 @@ def no_launches() -> Iterator[None]:
     with (
         mock.patch.object(implementation, "_interpreted", _yes),
         mock.patch.object(launcher.Launcher, "compile", _compile),
+        mock.patch.object(launch, "compile_together", _together),
         mock.patch.object(launch, "current_stream", _stream),
     ):
         yield

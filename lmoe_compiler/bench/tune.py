@@ -1,6 +1,7 @@
 """`lmoe bench tune`: tries plans on this GPU and writes the fastest right ones to the table that the package ships.
 
-Trials run in processes of their own: a miscompiled kernel can end in an illegal access, after which a process is lost.
+Every candidate is checked first, many at a time; then each is timed, alone on the device. Trials run in processes of
+their own: a miscompiled kernel can end in an illegal access, after which a process is lost.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.bench.plans import request_of
-from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WORKLOADS, Shape, shape_of
+from lmoe_compiler.bench.trial import STEPS
+from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, STEP_SHAPES, WORKLOADS, Shape, shape_of
 from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.compiled import Request
-from lmoe_compiler.codegen.cost import by_rule, device, may_cut
+from lmoe_compiler.codegen.cost import device, may_cut
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.models import RECURRENCES
 
+DIRECTIONS = ("forward", "backward", *STEPS)
 TOLERANCE = 0.02
 """Relative RMS error above which a plan is wrong; right ones in bf16 are at 0.002 to 0.004, gates below 0.01."""
 
@@ -32,63 +35,79 @@ TOLERANCE = 0.02
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench tune", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=sorted(WORKLOADS))
-    parser.add_argument("--shapes", nargs="+", help="B,T,H,D; default: the gate grid")
-    parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        help="B,T,H,D; default: the gate grid, for steps those of bench decode",
+    )
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--limit", type=int, default=120, help="seconds for the checks of one call")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--out", type=Path, help="default: the table in the package")
     chosen = parser.parse_args(argv)
-    shapes: Sequence[Shape] = GATE_SHAPES
-    if chosen.shapes:
-        shapes = [shape_of(text) for text in chosen.shapes]
+    given = [shape_of(text) for text in chosen.shapes or ()]
     name = tuned.FILES.get(device().name)
     path = chosen.out or (tuned.FOLDER / name if name else Path("tuned.json"))
     empty: dict[str, Any] = {"device": device().name, "rows": {}}
     table = json.loads(path.read_text()) if path.exists() else empty
     ops = chosen.ops or [w.name for w in GATE]
-    cells = [Cell(*cell) for cell in itertools.product(ops, shapes, chosen.directions)]
+    cells = [
+        Cell(op, shape, direction)
+        for op, direction in itertools.product(ops, chosen.directions)
+        for shape in given or (STEP_SHAPES if direction in STEPS else GATE_SHAPES)
+    ]
     with ThreadPoolExecutor(chosen.workers) as pool:
         checks = [cell.check(pool, chosen.limit) for cell in cells]
-        for cell, check in zip(cells, checks, strict=True):
-            errors = {number: value for part in check for number, value in part.result().items()}
-            row = cell.fastest(errors, chosen.limit)
-            if row is not None:
-                table["rows"][cell.key] = row
-                path.write_text(json.dumps(table, indent=1) + "\n")
+    for cell, check in zip(cells, checks, strict=True):
+        errors = {number: value for part in check for number, value in part.result().items()}
+        row = cell.fastest(errors, chosen.limit)
+        if row is not None:
+            table["rows"][cell.key] = row
+            path.write_text(json.dumps(table, indent=1) + "\n")
     return 0
 
 
 def candidates(request: Request) -> Iterator[Choice]:
     """The rule's choice first, then its neighbours: one thing changed."""
-    batch, length = request.lengths
-    first = by_rule(request.program, request.direction, request.call, batch, length)
+    first = request.rule()
     yield first
-    for chunk in {32, 64} - {first.chunk}:
-        yield replace(first, chunk=chunk)
-    if may_cut(request.program):
-        whole = 1 << (length - 1).bit_length()
-        for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
-            if span == 0 or 2 * first.chunk <= span < whole:
-                yield replace(first, span=span)
+    if not request.is_step:
+        yield from _otherwise_cut(request, first)
     for kernel in (k for k in request.plan(first).kernels if k.levels != "far"):
         for tuning in neighbours(first.tuning(kernel.name), loops=kernel.order != "parallel"):
             changed = {**dict(first.kernels), kernel.name: tuning}
             yield replace(first, kernels=tuple(changed.items()))
 
 
+def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
+    """Other chunks and spans."""
+    for chunk in {32, 64} - {first.chunk}:
+        yield replace(first, chunk=chunk)
+    if may_cut(request.program):
+        whole = 1 << (request.lengths[1] - 1).bit_length()
+        for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
+            if span == 0 or 2 * first.chunk <= span < whole:
+                yield replace(first, span=span)
+
+
 def neighbours(tuning: Tuning, *, loops: bool) -> Iterator[Tuning]:
-    """Twice and half the warps and tiles; in a loop over chunks one stage more and one less."""
-    for warps in (tuning.num_warps // 2, tuning.num_warps * 2):
-        if 1 <= warps <= 8:
-            yield replace(tuning, num_warps=warps)
-    for name in ("block", "inner"):
-        size = getattr(tuning, name)
-        for other in (size // 2, size * 2):
-            if 16 <= other <= 128:
-                yield replace(tuning, **{name: other})
+    """Twice and half the warps, the tiles, or both; in a loop over chunks one stage more and one less."""
+    for half in (True, False):
+        scaled = [_scaled(tuning, "num_warps", half, range(1, 9))]
+        for name in ("block", "inner"):
+            tile = _scaled(tuning, name, half, range(16, 129))
+            scaled += [tile, tile and _scaled(tile, "num_warps", half, range(1, 9))]
+        yield from filter(None, scaled)
     for stages in (tuning.num_stages - 1, tuning.num_stages + 1):
         if loops and 1 <= stages <= 4:
             yield replace(tuning, num_stages=stages)
+
+
+def _scaled(tuning: Tuning, name: str, half: bool, allowed: range) -> Tuning | None:
+    """With half or twice of one number, where that is allowed."""
+    size = getattr(tuning, name)
+    other = size // 2 if half else 2 * size
+    return replace(tuning, **{name: other}) if other in allowed else None
 
 
 class Cell:
@@ -99,7 +118,7 @@ class Cell:
         request = request_of(program, direction, shape)
         self.task = {"op": op, "shape": shape, "direction": direction}
         self.numbered = list(enumerate(candidates(request)))
-        self.key = tuned.key(request.program, direction, request.call, *request.lengths)
+        self.key = tuned.key(request.program, request.tuned_as, request.call, *request.lengths)
 
     def check(self, pool: ThreadPoolExecutor, limit: int) -> list[Future[dict[int, Any]]]:
         """Every candidate against float64, each in a process of its own (which also fills Triton's cache)."""

@@ -27,6 +27,7 @@ GATE_SHAPES: tuple[Shape, ...] = (
     (8, 1024, 8, 64),
 )
 WIDE_SHAPES: tuple[Shape, ...] = ((2, 16384, 16, 128),)
+STEP_SHAPES: tuple[Shape, ...] = ((1, 1, 32, 128), (64, 1, 32, 128), (256, 1, 32, 128))
 MORE_SHAPES: tuple[Shape, ...] = (
     (4, 4096, 64, 128),
     (8, 2048, 32, 256),

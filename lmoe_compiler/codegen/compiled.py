@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler import layout
-from lmoe_compiler.codegen import first_use, sequential, stepping
+from lmoe_compiler.codegen import first_use, sequential, stepping, tuned
 from lmoe_compiler.codegen.backward import backward_plan
-from lmoe_compiler.codegen.cost import choose
+from lmoe_compiler.codegen.cost import by_rule, device
 from lmoe_compiler.codegen.describe import header, lines
 from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.fit import DoesNotFit, smaller, too_large
@@ -189,20 +189,29 @@ class Request:
             found[f"d{var.name}"] = computed(x.dtype) if whole else torch.float32
         return found
 
+    @property
+    def tuned_as(self) -> str:
+        """The direction whose measured choices it takes."""
+        if self.is_step:
+            return self.direction
+        return "backward" if self.is_backward else "forward"
+
     def choice(self) -> Choice:
-        """How the call is run, by the table of measured choices or the rules."""
+        """How the call is run: by the table of measured choices, else by the rules."""
+        found = tuned.lookup(device().name, self.program, self.tuned_as, self.call, *self.lengths)
+        chosen, size = found or self.rule(), self.options.chunk_size
+        if size is None or self.is_step:
+            return chosen
+        return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
+
+    def rule(self) -> Choice:
+        """How the call is run where nobody has measured."""
         program, call, (batch, length) = self.program, self.call, self.lengths
         if self.is_step:
             return stepping.choose(program, call, batch, in_place=self.direction == "step_")
         if chunk_of(program) is None:
-            chosen = sequential.choose(program, length)
-        else:
-            direction = "backward" if self.is_backward else "forward"
-            chosen = choose(program, direction, call, batch, length)
-        size = self.options.chunk_size
-        if size is None:
-            return chosen
-        return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
+            return sequential.choose(program, length)
+        return by_rule(program, self.tuned_as, call, batch, length)
 
     def plan(self, choice: Choice) -> Plan:
         program, call = self.program, self.call

@@ -1,9 +1,8 @@
-"""What a plan costs, and which plan a call gets.
+"""What a plan costs, and which plan a scan in chunks gets.
 
 `estimate` reads bytes, operations and dependent steps off a plan's kernels, as sympy expressions in the lengths
-B (sequences), T (tokens) and H (heads). `choose` takes the tuned entry of this device and shape if there is one
-(h200.json: only configurations whose numbers were checked on the device), else the rules below, whose reasons were
-measured: see RULES.
+B (sequences), T (tokens) and H (heads). `by_rule` chooses where the table of measured choices (tuned.py) has no row;
+the reasons of its rules were measured: see RULES.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from math import prod
 
 import sympy
 
-from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.plan import KEPT_SPAN, Call, Choice, Kernel, Plan, Tuning, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Read, Step, topological
@@ -168,13 +166,8 @@ def _depth(kernel: Kernel, nodes: Sequence[Node], cut: dict[Node, Value]) -> int
 # ---- which plan a call gets
 
 
-def choose(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
-    """The tuned choice of this device and shape, else the rules'."""
-    found = tuned.lookup(device().name, program, direction, call, batch, length)
-    return found or by_rule(program, direction, call, batch, length)
-
-
 def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
+    """The choice for a scan in chunks."""
     steps = _steps(program)
     solves = any(s.feedbacks for s in steps)
     vector = any(d.factor.axes for s in steps for d in s.decays)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.extent import Extent
-from lmoe_compiler.codegen.launcher import Launcher
+from lmoe_compiler.codegen.launcher import Launcher, compile_together, interpreting
 from lmoe_compiler.codegen.load import load_module
 from lmoe_compiler.codegen.plan import Plan
 from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared
@@ -139,9 +139,14 @@ class Executable:
             size = prod(m.shape) * m.dtype.itemsize
             values.append(workspace[offset : offset + size].view(m.dtype).view(m.shape))
         aligned = prepared.narrow and all(x.data_ptr() % 16 == 0 for x in tensors)
+
+        def arguments(one: Launch) -> list[Any]:
+            return [*(values[slot] for slot in one.slots), *one.lengths]
+
+        if index not in prepared.ready and not interpreting():
+            compile_together([(one.launcher, arguments(one)) for one in prepared.launches])
         for one in prepared.launches:
-            args = [*(values[slot] for slot in one.slots), *one.lengths]
-            one.launcher.compile(one.grid, args, index, keep=aligned)
+            one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
             for slot in one.parts:
                 tensors[slot] = values[slot] = values[slot].sum(0)
         if all(index in one.launcher.compiled for one in prepared.launches) and prepared.narrow:

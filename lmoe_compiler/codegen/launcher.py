@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +40,10 @@ class Launcher:
         # By device; compiled for aligned pointers and 32-bit lengths.
         self.compiled: dict[int | None, Any] = {}
 
+    def begin(self, args: Sequence[Any]) -> None:
+        """Have Triton compile it for such arguments, in one of the threads of `compile_together`."""
+        self.function.warmup(*args, grid=(1,), **self.constants, **self.options)
+
     def compile(self, grid: int, args: Sequence[Any], device: int | None, keep: bool) -> None:
         """Launch through Triton's JIT, and keep what it compiled."""
         from triton.runtime.errors import OutOfResources
@@ -49,6 +56,19 @@ class Launcher:
             ) from None
         if keep and not interpreting():
             self.compiled[device] = compiled
+
+
+def compile_together(calls: Iterable[tuple[Launcher, Sequence[Any]]]) -> None:
+    """Compile what a first call launches in threads: Triton's passes and the assembler run without Python's lock."""
+    import triton
+
+    def begin() -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+            for launcher, args in calls:
+                launcher.begin(args)
+
+    # Triton allows one such mode in a context, and a caller may be in one.
+    Context().run(begin)
 
 
 def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
