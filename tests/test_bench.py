@@ -184,7 +184,8 @@ def test_a_search_that_cannot_compile_stops_at_once(tmp_path, monkeypatch, capsy
 
 
 def row(op, shape, side, **columns):
-    return {"what": "measure", "op": op, "shape": list(shape), "side": side, **columns}
+    known = {"what": "measure", "op": op, "shape": list(shape), "side": side, "dtype": "bf16"}
+    return known | columns
 
 
 def written(tmp_path, rows):
@@ -237,6 +238,12 @@ def test_every_library_call_takes_the_inputs_it_is_given():
         prepared = workload.library.prepare(**inputs)
         assert set(workload.library.order) <= set(prepared)
         assert all(prepared[name].shape[:3] == (2, 3, 2) for name in workload.library.order)
+
+
+def test_other_dtypes_are_timed_alone(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "kernels", "--dtype", "fp32", "--against", "fla"])
+    assert "--dtype fp32 times our kernels alone" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")

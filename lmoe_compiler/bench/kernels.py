@@ -21,6 +21,7 @@ from lmoe_compiler.bench.library import load_choices
 from lmoe_compiler.bench.measure import require_device, versions
 from lmoe_compiler.bench.processes import Answer, Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import (
+    DTYPES,
     GATE,
     GATE_SHAPES,
     MORE_SHAPES,
@@ -53,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--chosen", type=Path, help="what `lmoe bench library` wrote")
     parser.add_argument("--softmax", action="store_true", help="also time softmax attention")
     parser.add_argument("--ops", nargs="+", choices=sorted(WORKLOADS), help="only these")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="bf16 unless ours are timed alone"
+    )
     parser.add_argument("--grid", nargs="+", choices=list(GRIDS), default=["gate"])
     parser.add_argument("--shapes", nargs="+", help="B,T,H,D instead of the grid's")
     parser.add_argument("--limit", type=float, default=90, help="seconds of one cell, default 90")
@@ -62,18 +66,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--cache", type=Path, help="caches of the cells; default: in --out")
     chosen = parser.parse_args(argv)
+    if chosen.dtype != "bf16" and (chosen.against or chosen.softmax):
+        parser.error(f"--dtype {chosen.dtype} times our kernels alone: leave --against, --softmax")
     require_device(library=bool(chosen.against))
     chosen.out.mkdir(parents=True, exist_ok=True)
-    results = chosen.out / "results.jsonl"
+    results = chosen.out / f"results{'' if chosen.dtype == 'bf16' else f'-{chosen.dtype}'}.jsonl"
     cache = (chosen.cache or chosen.out / "cache").absolute()
     choices = load_choices(chosen.chosen)
     cells = list(grid(chosen))
     if not chosen.skip_first:
         shutil.rmtree(cache, ignore_errors=True)
-        compiled = [task(c, "first", cache, choices) for c in cells if c.side != "softmax"]
+        compiled = [
+            task(c, "first", cache, choices, chosen.dtype) for c in cells if c.side != "softmax"
+        ]
         for answer in side_by_side(compiled, chosen.limit, chosen.workers):
             append(results, answer)
-    measured = [task(c, "measure", cache, choices) for c in cells]
+    measured = [task(c, "measure", cache, choices, chosen.dtype) for c in cells]
     for answer in one_by_one(measured, chosen.limit):
         append(results, answer)
     return table.main([str(results), *(["--profile"] if chosen.profile else [])])
@@ -97,8 +105,8 @@ def grid(chosen: argparse.Namespace) -> Iterator[Cell]:
                     yield Cell("linear_attention", shape, "softmax")
 
 
-def task(cell: Cell, what: str, cache: Path, choices: dict[str, Any]) -> Task:
-    work: dict[str, Any] = {"what": what, "op": cell.op, "shape": cell.shape, "side": cell.side}
+def task(cell: Cell, what: str, cache: Path, choices: dict[str, Any], dtype: str = "bf16") -> Task:
+    work: dict[str, Any] = {"what": what, **vars(cell), "dtype": dtype}
     if cell.side == "fla":
         work["chosen"] = choices.get(tuned_as(WORKLOADS[cell.op], cell.shape))
     own = cache / cell.name

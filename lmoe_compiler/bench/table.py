@@ -58,7 +58,12 @@ def document(cells: dict[Key, Row], profile: bool = False) -> list[str]:
     told = ", ".join(f"{any_row.get(k, '?')}" for k in ("device",)) + "".join(
         f", {k} {any_row.get(k, '?')}" for k in ("torch", "triton")
     )
-    lines = [f"{told}; bf16, medians", "", *markdown(COLUMNS, map(_cells, *_pairs(cells)))]
+    dtypes = sorted({row["dtype"] for row in cells.values()})
+    lines = [
+        f"{told}; {' and '.join(dtypes)}, medians",
+        "",
+        *markdown(COLUMNS, map(_cells, *_pairs(cells))),
+    ]
     softmax = [(op, shape, row) for (op, shape, side), row in cells.items() if side == "softmax"]
     if softmax:
         lines += ["", "Softmax attention (torch SDPA, causal) on the same q, k and v:", ""]

@@ -29,6 +29,7 @@ from lmoe_compiler.bench.measure import (
 )
 from lmoe_compiler.bench.plans import bounds
 from lmoe_compiler.bench.workloads import (
+    DTYPES,
     SOFTMAX,
     WORKLOADS,
     Library,
@@ -46,8 +47,8 @@ SHORT = 1024
 class Side:
     """Whose code is measured: the call on `inputs`, what it is differentiated by, its output and its gradients."""
 
-    def __init__(self, workload: Workload, side: str, shape: Shape) -> None:
-        inputs = make_inputs(workload, shape, torch.bfloat16, "cuda")
+    def __init__(self, workload: Workload, side: str, shape: Shape, dtype: str = "bf16") -> None:
+        inputs = make_inputs(workload, shape, DTYPES[dtype], "cuda")
         library = library_of(workload, side)
         if library is None:
             recurrence = RECURRENCES[workload.name].with_options(implementation="triton")
@@ -142,7 +143,7 @@ def main() -> None:
     elif what == "search":
         search(work, tuner)
     else:
-        side_of = Side(WORKLOADS[work["op"]], side, tuple(work["shape"]))
+        side_of = Side(WORKLOADS[work["op"]], side, tuple(work["shape"]), work["dtype"])
         row = {"first": first, "measure": measure}[what](work, side_of)
         answer(work | row | {"chosen": None, "searched": tuner.searched})
 

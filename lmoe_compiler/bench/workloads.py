@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmoe_compiler.codegen import supported
 from lmoe_compiler.models import RECURRENCES
 
 Shape = tuple[int, int, int, int]
 Maker = Callable[[Tensor], Tensor]
+DTYPES = {name: dtype for dtype, name in supported.DTYPES.items()}
 
 GATE_SHAPES: tuple[Shape, ...] = (
     (1, 8192, 96, 128),
