@@ -13,8 +13,8 @@ import torch
 from cases import CASES, Case, Sizes, make_inputs
 from differentiated import Result, as_argument, as_list, differentiated, scan
 
-from lmoe_compiler.codegen import compiled, run
 from lmoe_compiler.codegen import plan as plans
+from lmoe_compiler.codegen import run, tuned
 from lmoe_compiler.codegen.plan import Choice, Tuning
 
 # Rows past the end divide zero by zero before they are masked; numpy says so, a GPU does not.
@@ -88,7 +88,7 @@ def test_every_variant(name):
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_plan(name, plan, monkeypatch):
     """What is stored, recomputed, tiled or cut into spans changes nothing."""
-    monkeypatch.setattr(compiled, "choose", lambda *_: PLANS[plan])
+    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
     monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     check(BY_NAME[name], Sizes(B=1, T=70, H=1, K=40, V=20))
@@ -98,7 +98,7 @@ def test_every_plan(name, plan, monkeypatch):
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_packed_documents_in_spans(name, monkeypatch):
     """Every document has spans of its own, scanned side by side in both directions."""
-    monkeypatch.setattr(compiled, "choose", lambda *_: PLANS["spans"])
+    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS["spans"])
     monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     case, ends = BY_NAME[name], torch.tensor([0, 40, 40, 41, 120], dtype=torch.int32)
