@@ -82,9 +82,13 @@ def candidates(request: Request) -> Iterator[Choice]:
 
 
 def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
-    """Other chunks and spans."""
+    """Other chunks and spans, and more or less of what is computed once before a scan."""
     for chunk in {32, 64} - {first.chunk}:
         yield replace(first, chunk=chunk)
+    if first.prepare:
+        yield replace(first, prepare_rows=not first.prepare_rows)
+    else:
+        yield replace(first, prepare=True)
     if may_cut(request.program):
         whole = 1 << (request.lengths[1] - 1).bit_length()
         for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
