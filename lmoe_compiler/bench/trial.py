@@ -26,10 +26,15 @@ STEPS = ("step", "step_")
 
 
 def check_shape(shape: Shape, direction: str, choice: Choice) -> Shape:
-    """A short call that still has two spans of two chunks at least, and a ragged end; of a step two sequences."""
+    """A short call that still has two spans of two chunks at least, and a ragged end; of a step two sequences.
+
+    With all heads, kernels are compiled for the timed call too; where spans are long, the reference takes memory.
+    """
+    _, _, heads, size = shape
     if direction in STEPS:
-        return 2, 1, 2, shape[3]
-    return 1, max(256, 2 * choice.span) + 7, 2, shape[3]
+        return 2, 1, heads, size
+    length = max(256, 2 * choice.span) + 7
+    return 1, length, heads if length < 1024 else min(heads, 2), size
 
 
 @dataclass
