@@ -13,8 +13,8 @@ import torch
 from cases import CASES, Case, Sizes, make_inputs
 from differentiated import Result, as_argument, as_list, differentiated, scan
 
+from lmoe_compiler.codegen import compiled, run, tuned
 from lmoe_compiler.codegen import plan as plans
-from lmoe_compiler.codegen import run, tuned
 from lmoe_compiler.codegen.plan import Choice, Tuning
 
 # Rows past the end divide zero by zero before they are masked; numpy says so, a GPU does not.
@@ -92,6 +92,18 @@ def test_every_plan(name, plan, monkeypatch):
     monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     check(BY_NAME[name], Sizes(B=1, T=70, H=1, K=40, V=20))
+    run.forget()
+
+
+@pytest.mark.parametrize("name", ["kda", "rwkv7"])
+def test_loops_over_keys(name, monkeypatch):
+    """Pairs of decayed keys, and the norms of keys, are there before gradients of keys are computed tile by tile."""
+    inner = replace(PLANS["inner"], products=True)
+    monkeypatch.setattr(tuned, "lookup", lambda *_: inner)
+    run.forget()
+    check(BY_NAME[name], Sizes(B=1, T=40, H=1, K=40, V=20))
+    (backward,) = (e.plan for e in compiled._executables.values() if e.plan.direction == "backward")
+    assert next(k for k in backward.kernels if k.name == "gradients").inner == (("K", 16),)
     run.forget()
 
 

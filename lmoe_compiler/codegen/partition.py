@@ -35,13 +35,13 @@ from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program
 def near_and_far(kernel: Kernel) -> list[Kernel]:
     """A kernel for chunks whose decays are all near, and one that redoes the others.
 
-    In one kernel the registers of the loop over levels would be taken from every chunk.
+    In one kernel the registers of the loop over levels would be taken from every chunk; alone, it has them of twice
+    the warps.
     """
     reach = Value(f"{kernel.name}_reach", (), "program", "fp32")
-    return [
-        replace(kernel, levels="near", reach=reach),
-        replace(kernel, name=f"{kernel.name}_far", levels="far", reach=reach),
-    ]
+    near = replace(kernel, levels="near", reach=reach)
+    tuning = replace(kernel.tuning, num_warps=min(8, 2 * kernel.tuning.num_warps))
+    return [near, replace(near, name=f"{kernel.name}_far", levels="far", tuning=tuning)]
 
 
 def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, frozenset[str]]:
@@ -147,12 +147,13 @@ class Partition:
     def inner(
         self, nodes: Sequence[Node], cut: Mapping[Node, Value], tiled: Sequence[str], block: int
     ) -> tuple[tuple[str, int], ...]:
-        """The axis that programs walk in tiles: keys first, for products over them are what fills registers."""
+        """The axis that programs walk in tiles: keys first, for what has them is what fills registers."""
         sizes = dict(self.call.sizes)
         axes = dict.fromkeys(a for var in self.program.states for a in var.axes)
         for axis in (a for a in axes if a not in tiled):
-            found = split(nodes, axis, cut, looped=True)
-            if block and padded(sizes[axis]) > block and found and "part" in found.values():
+            found = split(nodes, axis, cut, looped=True) or {}
+            walked = {"part", "tile"} & set(found.values())
+            if block and padded(sizes[axis]) > block and walked:
                 return ((axis, block),)
         return ()
 
@@ -196,7 +197,8 @@ class Partition:
     def factor(self, user: Node, factor: Node, number: str) -> Value | None:
         """The value that keeps `factor`, an operand of `user`, or None where scans compute it themselves."""
         axes = tuple(a for a in factor.axes if a != ROW)
-        if user.op == "dot" and user["axis"] in (ROW, SOURCE) and set(factor.axes) == {ROW, SOURCE}:
+        multiplies = user.op == "dot" and user["axis"] in (ROW, SOURCE)
+        if set(factor.axes) == {ROW, SOURCE} and (multiplies or factor.op == "level_sum"):
             return Value(f"{_label(factor)}_{number}", (SOURCE,), "row")
         if factor.op == "input" or not _has_token(factor):
             return None
