@@ -12,7 +12,7 @@ from calls import arguments, gated
 
 from lmoe_compiler import implementation
 from lmoe_compiler.bench import host
-from lmoe_compiler.codegen import compiled, cost, fit, launcher, run, stepping
+from lmoe_compiler.codegen import compiled, cost, fit, launcher, run, stepping, tuned
 from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.config import Options
@@ -120,6 +120,41 @@ def test_an_error_where_nothing_fits(monkeypatch):
     monkeypatch.setattr(launcher.Launcher, "compile", limited(None, 3))
     with pytest.raises(ImplementationUnavailable, match=r"fits this device(.|\n)*has 3000"):
         kernels(*arguments(dtype=torch.float32))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_kernel_that_spills_gets_more_warps_and_explain_says_so(monkeypatch):
+    """Up to 8; others keep theirs, and so do kernels whose plan was measured, and steps in place, which run once."""
+    right = launcher.Launcher.compile
+
+    def spilling(self, *args, **options):
+        right(self, *args, **options)
+        heavy = self.kernel.name in ("scan", "step")
+        self.spilled = 4000 // self.kernel.tuning.num_warps if heavy else 500
+
+    def warps(direction: str) -> dict[str, int]:
+        plan = next(e.plan for e in compiled._executables.values() if e.plan.direction == direction)
+        return {k.name: k.tuning.num_warps for k in plan.kernels}
+
+    monkeypatch.setattr(launcher.Launcher, "compile", spilling)
+    monkeypatch.setattr(fit, "SPILLED", 600)
+    inputs = arguments(dtype=torch.bfloat16, T=40)
+    kernels(*inputs)
+    assert warps("forward") == {"prepare": 1, "scan": 8}
+    assert "scan has 8 warps: with half of them a thread spilled 1000 B" in kernels.explain(*inputs)
+    compiled.forget()
+    with tuned.forced("forward", Choice(chunk=32, prepare=True)):
+        kernels(*inputs)
+    assert warps("forward") == {"prepare": 4, "scan": 4}
+    token = [
+        x[:, 0].contiguous() if var.kind == "token" else x
+        for var, x in zip(gated.inputs, inputs, strict=True)
+    ]
+    _, state = kernels.step(*token)
+    assert warps("step")["step"] == 8
+    compiled.forget()
+    kernels.step(*token, state=state, inplace=True)
+    assert warps("step")["step"] == 1
 
 
 def test_smaller_plans_end():

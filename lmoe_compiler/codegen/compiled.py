@@ -21,7 +21,7 @@ from lmoe_compiler.codegen.backward import backward_plan
 from lmoe_compiler.codegen.cost import by_rule, device
 from lmoe_compiler.codegen.describe import header, lines
 from lmoe_compiler.codegen.extent import Extent
-from lmoe_compiler.codegen.fit import DoesNotFit, smaller, too_large
+from lmoe_compiler.codegen.fit import DoesNotFit, relieved, smaller, too_large
 from lmoe_compiler.codegen.forward import forward_plan, step_plan
 from lmoe_compiler.codegen.launch import Executable
 from lmoe_compiler.codegen.launcher import interpreting
@@ -196,10 +196,14 @@ class Request:
             return self.direction
         return "backward" if self.is_backward else "forward"
 
+    @property
+    def measured(self) -> Choice | None:
+        """The choice of the table, if this device and kind of call are in it."""
+        return tuned.lookup(device().name, self.program, self.tuned_as, self.call, *self.lengths)
+
     def choice(self) -> Choice:
-        """How the call is run: by the table of measured choices, else by the rules."""
-        found = tuned.lookup(device().name, self.program, self.tuned_as, self.call, *self.lengths)
-        chosen, size = found or self.rule(), self.options.chunk_size
+        """How the call is run: as measured, else by the rules."""
+        chosen, size = self.measured or self.rule(), self.options.chunk_size
         if size is None or self.is_step:
             return chosen
         return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
@@ -245,19 +249,24 @@ def _first(
     given: Tensors,
     into: Mapping[str, Tensor] | None,
 ) -> list[Tensor]:
-    """Plan, compile and run; a plan that does not fit gives way to a smaller one."""
+    """Plan, compile and run; a plan that does not fit gives way to a smaller one, or to one with more warps."""
     executable = executable_of(request)
     while True:
         prepared = executable.prepare(request.extent)
         try:
             results = executable(prepared, given, into)
-            break
+            if request.measured is not None or into is not None:
+                break
+            choice, notes = relieved(executable.plan.choice, executable.spills)
+            if not notes:
+                break
         except DoesNotFit as reason:
-            choice = smaller(executable.plan.choice, reason.kernel)
-            if choice is None:
+            fits, notes = smaller(executable.plan.choice, reason.kernel), [reason.note]
+            if fits is None:
                 raise too_large(request.program, reason) from None
-            executable = request.make(choice, [*executable.notes, reason.note])
-            _executables[request.kind] = executable
+            choice = fits
+        executable = request.make(choice, [*executable.notes, *notes])
+        _executables[request.kind] = executable
     verified = first_use.verified(request, executable, given)
     if len(_calls) >= MOST:
         _calls.clear()

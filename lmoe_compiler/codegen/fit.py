@@ -1,15 +1,19 @@
-"""What happens when a kernel needs more than the device has: the next smaller plan, and a note that says so."""
+"""What happens when a kernel needs more than the device has: the next smaller plan, or more warps, and a note."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from lmoe_compiler.codegen.plan import Choice
+from lmoe_compiler.codegen.plan import Choice, Kernel
 from lmoe_compiler.errors import ImplementationUnavailable
 from lmoe_compiler.ir.nodes import Program
 
 SMALLEST = 16
+SPILLED = 1024
+"""Bytes that a thread may keep in memory for want of registers before its kernel gets more warps."""
+MOST_WARPS = 8
 
 
 class DoesNotFit(Exception):
@@ -39,6 +43,22 @@ def smaller(choice: Choice, kernel: str) -> Choice | None:
         if size > SMALLEST:
             return _tuned(choice, kernel, **{name: size // 2})
     return None
+
+
+def relieved(choice: Choice, spills: Iterable[tuple[Kernel, int]]) -> tuple[Choice, list[str]]:
+    """The choice with twice the warps for kernels that spill more than a little, and why; else as given.
+
+    A far kernel has twice the warps of its near kernel already, and runs seldom.
+    """
+    notes = []
+    for kernel, spilled in spills:
+        warps = 2 * kernel.tuning.num_warps
+        if spilled > SPILLED and warps <= MOST_WARPS and kernel.levels != "far":
+            choice = _tuned(choice, kernel.tuned_as, num_warps=warps)
+            notes.append(
+                f"{kernel.name} has {warps} warps: with half of them a thread spilled {spilled} B"
+            )
+    return choice, notes
 
 
 def _tuned(choice: Choice, kernel: str, **changes: Any) -> Choice:

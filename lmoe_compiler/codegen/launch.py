@@ -20,7 +20,7 @@ from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.launcher import Launcher, compile_together, interpreting
 from lmoe_compiler.codegen.load import load_module
-from lmoe_compiler.codegen.plan import Plan
+from lmoe_compiler.codegen.plan import Kernel, Plan
 from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared
 from lmoe_compiler.codegen.triton import print_module
 
@@ -81,6 +81,11 @@ class Executable:
         self.launchers = [
             Launcher(self.plan, k, module, printers[k.name]) for k in self.plan.kernels
         ]
+
+    @property
+    def spills(self) -> list[tuple[Kernel, int]]:
+        """Bytes that a thread of each kernel spills, as compiled."""
+        return [(one.kernel, one.spilled) for one in self.launchers]
 
     def prepare(self, extent: Extent) -> Prepared:
         """For all calls of these lengths."""

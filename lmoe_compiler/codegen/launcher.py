@@ -39,6 +39,8 @@ class Launcher:
         }
         # By device; compiled for aligned pointers and 32-bit lengths.
         self.compiled: dict[int | None, Any] = {}
+        # Bytes that a thread keeps in memory for want of registers, as last compiled.
+        self.spilled = 0
 
     def begin(self, args: Sequence[Any]) -> None:
         """Have Triton compile it for such arguments, in one of the threads of `compile_together`."""
@@ -54,8 +56,10 @@ class Launcher:
             raise DoesNotFit(
                 self.kernel.tuned_as, error.name, error.required, error.limit
             ) from None
-        if keep and not interpreting():
-            self.compiled[device] = compiled
+        if not interpreting():
+            self.spilled = 4 * compiled.n_spills
+            if keep:
+                self.compiled[device] = compiled
 
 
 def compile_together(calls: Iterable[tuple[Launcher, Sequence[Any]]]) -> None:
