@@ -175,7 +175,9 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
         return _full_precision(solves, vector)
     largest = max((size for _, size in call.sizes), default=16)
     cancel = normalised(program)
-    chunk = 32 if solves or vector or cancel or largest > 128 else 64
+    wide = largest > 128
+    tile = 32 if wide else 64
+    chunk = 32 if solves or vector or cancel or wide else 64
     stages = 3 if chunk == 32 else 2
     few = solves and not _fills(_programs(call, batch, 64))
     section = _section(call, batch, length, chunk, solves) if direction == "backward" else 0
@@ -186,14 +188,14 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
         prepare=solves or vector,
         prepare_rows=vector,
         products=solves,
-        default=Tuning(block=64, num_warps=4, num_stages=stages),
+        default=Tuning(block=tile, num_warps=4, num_stages=stages),
         kernels=(
             ("prepare", Tuning(0, 0, 1, 1, inner=16 if vector else 0)),
-            ("spans", Tuning(64, 0, 4, 3)),
-            ("adjoint_spans", Tuning(64, 0, 4, 3)),
-            ("adjoint", Tuning(32, 0, 4, 4) if few else Tuning(64, 0, 4, stages)),
-            ("states", Tuning(64, 0, 4, 3 if solves or vector else 2)),
-            ("products", Tuning(0, 0, 4, 1)),
+            ("spans", Tuning(tile, 0, 4, 3)),
+            ("adjoint_spans", Tuning(tile, 0, 4, 3)),
+            ("adjoint", Tuning(32, 0, 4, 4) if few and not wide else Tuning(tile, 0, 4, stages)),
+            ("states", Tuning(tile, 0, 4, 3 if solves or vector else 2)),
+            ("products", Tuning(64, 0, 4, 1, inner=64) if wide else Tuning(0, 0, 4, 1)),
             ("gradients", _gradients(steps, cancel)),
         ),
     )
