@@ -168,8 +168,8 @@ class _Builder:
         return x if ROW in x.axes else self.masked(x)
 
     def read(self, read: Read) -> Node:
-        assert read.vector is not None
         form = self.form(read.state)
+        assert read.vector is not None
         scale, vector = split_scale(self.expression(read.vector), form.axis)
         vector = self.by_row(vector)
         point = self.micro[read.state].points[read.name]
