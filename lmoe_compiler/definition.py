@@ -199,7 +199,9 @@ class Recurrence:
 
     def __repr__(self) -> str:
         """The declarations, as in the IR's text: `<recurrence gla: S[K, V]; q[K], k[K], v[V], g[K]>`."""
-        states, inputs = (", ".join(map(str, variables)) for variables in (self.states, self.inputs))
+        states, inputs = (
+            ", ".join(map(str, variables)) for variables in (self.states, self.inputs)
+        )
         return f"<recurrence {self.name}: {states}; {inputs}{self.options.text and f'; {self.options.text}'}>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recurrence:
@@ -380,7 +382,11 @@ def _var(
             try_=EXAMPLE,
         )  # fmt: skip
     if kind != "state" and name in RESERVED_NAMES:
-        _bad(loc, f"an input is called {name!r}", f"calls have {', '.join(RESERVED_NAMES)} of their own")
+        _bad(
+            loc,
+            f"an input is called {name!r}",
+            f"calls have {', '.join(RESERVED_NAMES)} of their own",
+        )
     for dim in axes:
         if dim.__name__ in RESERVED_DIMS:
             _bad(loc, f"a dim is called {dim.__name__}", RESERVED_DIMS[dim.__name__])

@@ -47,7 +47,7 @@ HINTS = (
         "def step(S: State[K, V], ..., noise: Token[K]):   # draw before the call, and pass it")),
     (("cat", "stack", "split", "slice", "chunk", "flip", "roll", "gather", "index"), (
         "K is the whole axis: a step does not cut, join or reorder it",
-        "outside: q, k = rotate(q), rotate(k)   # or a dim of its own, x: Token[N, K], class N(lmoe.Dim, static=True)")),
+        "q, k = rotate(q), rotate(k)   # before the call; or parts along a static dim, x: Token[N, K]")),
     (("arange", "linspace", "cumsum", "cumprod", "tri", "sort", "topk"), (
         "entries of an axis have no order in a step",
         "def step(S: State[K, V], ..., a: Head[K]):   # pass what differs by position, one value an entry")),

@@ -137,8 +137,8 @@ STEPS = (
     (prints, errors.SideEffect, "prints", "print(S)", "return S, o"),
     (captures, errors.CapturedTensor, "shape [3]", "OUTSIDE.sum()", "u: Head[K]"),
     (mixes_dims, errors.MixedDims, "must match the size of tensor b", "S = S + S.T", "S.T @ k"),
-    (loops_over_a_dim, errors.MixedDims, "K ==", "", "static=True"),
-    (sorts, errors.UnsupportedOperation, "aten.sort", "torch.sort(k)", "torch.outer(k, v)"),
+    (loops_over_a_dim, errors.MixedDims, "K as a plain number", "range(k.shape[0])", "static=True"),
+    (sorts, errors.UnsupportedOperation, "aten.sort", "torch.sort(k)", "a: Head[K]"),
     (merges_axes, errors.UnsupportedOperation, "aten.view", "S.reshape(-1)", "einsum"),
 )
 

@@ -20,7 +20,6 @@ from lmoe_compiler.ir.nodes import (
     topological,
 )
 
-
 # Names that a call, or the rows of a chunk, have already.
 RESERVED_NAMES = ("initial_state", "return_state", "cu_seqlens", "state", "inplace")
 RESERVED_DIMS = {

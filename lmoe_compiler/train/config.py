@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from lmoe_compiler.errors import InvalidTraining
 from lmoe_compiler.models.config import ModelConfig
+from lmoe_compiler.models.own_mixers import absolute
 
 DTYPES = ("fp32", "bf16")
 COMPILERS = ("auto", "inductor", "aot_eager", "eager", "none")
@@ -127,7 +128,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of TrainConfig and ModelConfig, all without a default."""
     parser.add_argument("--config", metavar="TOML", help="a file of these options")
     parser.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
-    parser.add_argument("--mixer", metavar="NAME", help="the recurrence of the L layers")
+    parser.add_argument(
+        "--mixer",
+        metavar="NAME",
+        help="the recurrence of the L layers: one of the package, or FILE.py:NAME of your own",
+    )
     for title, owner in (("training", TrainConfig), ("model", ModelConfig)):
         group = parser.add_argument_group(title)
         for one in dataclasses.fields(owner):
@@ -203,7 +208,7 @@ def from_flags(base: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
     given = {k: v for k, v in vars(arguments).items() if k in _names(TrainConfig)}
     model = {k: v for k, v in vars(arguments).items() if k in _names(ModelConfig)}
     if arguments.mixer:
-        model["mixers"] = {"L": arguments.mixer}
+        model["mixers"] = {"L": absolute(arguments.mixer)}
     if "layer_pattern" in model and "num_layers" not in model:
         repeats = -(-config.model.num_layers // max(1, len(model["layer_pattern"])))
         model["num_layers"] = repeats * len(model["layer_pattern"]) or config.model.num_layers
