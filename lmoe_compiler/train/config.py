@@ -101,6 +101,23 @@ class TrainConfig:
                 why="places are counted out by our backend; models themselves are exact",
                 try_="--compiler aot_eager",
             )
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InvalidTraining(f"{name}={getattr(self, name)} is not a positive number")
+        if self.seed < 0:
+            raise InvalidTraining(f"seed={self.seed} is negative", try_="--seed 0")
+        if not 0 <= self.warmup <= 1:
+            raise InvalidTraining(
+                f"warmup={self.warmup} is not between 0 and 1",
+                why="it is a share of the run, not a number of steps",
+                try_="--warmup 0.02",
+            )
+        if not self.out or Path(self.out).is_file():
+            raise InvalidTraining(
+                f"out={self.out!r} is {'a file' if self.out else 'empty'}",
+                why="a run is a folder of its own",
+                try_="--out runs/mine",
+            )
         if not 0 < self.held_out < 1:
             raise InvalidTraining(
                 f"held_out={self.held_out} is not between 0 and 1", try_="--held-out 0.05"
