@@ -190,7 +190,7 @@ class Recurrence:
             found = attrgetter(name)(sys.modules[module])
         except (AttributeError, KeyError):
             found = None
-        if not isinstance(found, Recurrence) or found.definition is not self.definition:
+        if found is not (self.origin or self):
             raise PicklingError(
                 f"{self.name} cannot be pickled: {module}.{name} is not this recurrence. Define it with @recurrence "
                 f"under that name at the top of a module, or pickle lmoe.parse(str({self.name}.ir))."

@@ -477,9 +477,9 @@ def log2(ctx: Context, x: Named) -> Named:
     return Named(ctx.make("div", ctx.make("log", x.node), ctx.const(math.log(2))), x.axes)
 
 
-def logit(ctx: Context, x: Named, eps: Named | None = None) -> Named:
+def logit(ctx: Context, x: Named, eps: float | None = None) -> Named:
     if eps is not None:
-        x = clamp(ctx, x, eps, logical_not(ctx, eps))
+        x = clamp(ctx, x, Named(ctx.const(eps)), Named(ctx.const(1 - eps)))
     rest = logical_not(ctx, x)
     return Named(ctx.make("log", ctx.make("div", x.node, rest.node)), x.axes)
 

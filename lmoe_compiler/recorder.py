@@ -159,7 +159,7 @@ class Recorder(TorchDispatchMode):
         try:
             if name not in RULES and name != "unbind":
                 raise NoMeaning("")
-            if name == "_to_copy":
+            if name == "_to_copy" and isinstance(args[0], Tensor):
                 name = _cast(args[0].dtype, out.dtype)
             first = out if isinstance(out, Tensor) else out[0]
             ctx = Context(loc, self.sizes.axes(first.shape))
@@ -219,7 +219,7 @@ class Recorder(TorchDispatchMode):
         """The last line of the step that is a return."""
         lines = sorted({line for *_, line in step.__code__.co_lines() if line is not None})
         texts = [(n, linecache.getline(self.file, n).strip()) for n in lines]
-        found = next(((n, t) for n, t in reversed(texts) if "return" in t), texts[-1])
+        found = next(((n, t) for n, t in reversed(texts) if t.startswith("return")), texts[-1])
         return f"{self.file}:{found[0]}\n{found[1]}".rstrip()
 
     def _refuse_captured(self, x: Tensor, name: str) -> None:
