@@ -73,7 +73,7 @@ DECOMPOSITIONS = {
         aten.gelu, aten.gelu_backward, aten.sigmoid_backward, aten.tanh_backward,
         aten.threshold_backward, aten.softplus_backward, aten.native_layer_norm_backward,
         aten._softmax_backward_data, aten._log_softmax_backward_data, aten.addcmul, aten.addcdiv,
-        aten.lerp, aten.elu, aten.leaky_relu, aten.hardtanh, aten.hardsigmoid, aten.std,
+        aten.elu, aten.leaky_relu, aten.hardtanh, aten.hardsigmoid, aten.std,
         aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.select_backward, aten.xlogy,
         ]).items()
 }  # fmt: skip
