@@ -49,6 +49,7 @@ def bind(r: Recurrence, args: Sequence[Tensor], named: Mapping[str, Tensor]) -> 
 
 def scan(
     r: Recurrence,
+    /,
     *args: Tensor,
     initial_state: State = None,
     return_state: bool = False,
@@ -67,14 +68,14 @@ def scan(
             return_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-    text = (r.origin or r).text(**_static_sizes(r, inputs))
+    text = (r.origin or r).text(**static_sizes(r, inputs))
     results = library.scan(text, inputs, states, cu_seqlens, r.options)
     output, *finals = results[: 1 + len(r.states)]
     return (output, _as_given(finals)) if return_state else output
 
 
 def step(
-    r: Recurrence, *args: Tensor, state: State = None, inplace: bool = False, **named: Tensor
+    r: Recurrence, /, *args: Tensor, state: State = None, inplace: bool = False, **named: Tensor
 ) -> Any:
     """(o, next states) of one token; `state=None` is the start of a sequence.
 
@@ -95,31 +96,33 @@ def step(
                 old.copy_(new)
             final = state
         return output.squeeze(1), final
-    text = (r.origin or r).text(**_static_sizes(r, inputs))
+    text = (r.origin or r).text(**static_sizes(r, inputs))
     if inplace:
         return library.step_(text, inputs, states, r.options), state
     output, *following = library.step(text, inputs, states, r.options)
     return output, _as_given(following)
 
 
-def explain(r: Recurrence, *args: Tensor, **named: Tensor) -> str:
+def explain(r: Recurrence, /, *args: Tensor, **named: Tensor) -> str:
     """Every stage as text; with arguments also who would run this call."""
     if not args and not named:
         return stages.render(stages.of_program(r.ir))
     inputs = bind(r, args, named)
-    program = r.program(**_static_sizes(r, inputs))
+    program = r.program(**static_sizes(r, inputs))
     return stages.render([*stages.of_program(program), *stages.of_call(program, inputs, r.options)])
 
 
-def source(r: Recurrence, *args: Tensor, **named: Tensor) -> str:
+def source(r: Recurrence, /, *args: Tensor, **named: Tensor) -> str:
     """The generated kernels of this call, as text."""
     inputs = bind(r, args, named)
-    return stages.source(r.program(**_static_sizes(r, inputs)), inputs, r.options)
+    return stages.source(r.program(**static_sizes(r, inputs)), inputs, r.options)
 
 
 def _as_list(r: Recurrence, state: State, name: str) -> list[Tensor]:
     if state is None:
         return []
+    if not isinstance(state, (Tensor, list, tuple)):
+        raise _misfit(r, f"got {type(state).__name__} for {name!r}", "takes tensors")
     states = [state] if isinstance(state, Tensor) else list(state)
     for x in states:
         if not isinstance(x, Tensor):
@@ -131,7 +134,7 @@ def _as_given(states: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def _static_sizes(r: Recurrence, inputs: Sequence[Tensor]) -> dict[str, int]:
+def static_sizes(r: Recurrence, inputs: Sequence[Tensor]) -> dict[str, int]:
     """Lengths of the dims that the step loops over: each is a program of its own."""
     if not r.static_dims:
         return {}
@@ -149,6 +152,6 @@ def _misfit(r: Recurrence, what: str, why: str) -> InvalidArgument:
     return InvalidArgument(
         f"{r.name} {what}",
         where=f"the call of {r.name}",
-        why=f"it {why}: {names}; and initial_state=, return_state=, cu_seqlens=",
+        why=f"it {why}: {names}; and initial_state=, return_state=, cu_seqlens= (a step: state=, inplace=)",
         try_=f"{r.name}({names})",
     )

@@ -38,15 +38,7 @@ def check(
 ) -> None:
     """Raise the error of the first argument that does not fit; no value is read."""
     assert len(inputs) == len(program.inputs), (len(inputs), program.inputs)
-    tensors = list(zip(program.inputs, inputs, strict=True))
-    for var, x in tensors:
-        if len(x.shape) != len(leading(var, step=step)) + len(var.axes):
-            raise ShapeMismatch(
-                f"{var.name} has {len(x.shape)} dimensions, shape {_shape(x)}",
-                where=_where(program, var),
-                why=f"it is declared {_declared(var)}, so it is {_layout(var, step)}",
-                try_=_rank_fix(var, x, step),
-            )
+    _check_ranks(program, inputs, step)
     _check_dtypes(program, inputs)
     _check_devices(program, inputs, states, cu_seqlens)
     _check_sizes(program, inputs, step)
@@ -54,6 +46,23 @@ def check(
         _check_cu_seqlens(program, cu_seqlens, inputs[first_token(program)])
     if states:
         _check_states(program, inputs, states, cu_seqlens, step)
+
+
+def check_shapes(program: Program, inputs: Sequence[Measured]) -> None:
+    """What `check` says of the shapes of a sequence, whatever the dtypes."""
+    _check_ranks(program, inputs, step=False)
+    _check_sizes(program, inputs, step=False)
+
+
+def _check_ranks(program: Program, inputs: Sequence[Measured], step: bool) -> None:
+    for var, x in zip(program.inputs, inputs, strict=True):
+        if len(x.shape) != len(leading(var, step=step)) + len(var.axes):
+            raise ShapeMismatch(
+                f"{var.name} has {len(x.shape)} dimensions, shape {_shape(x)}",
+                where=_where(program, var),
+                why=f"it is declared {_declared(var)}, so it is {_layout(var, step)}",
+                try_=_rank_fix(var, x, step),
+            )
 
 
 def check_values(
@@ -184,8 +193,9 @@ def _check_sizes(program: Program, inputs: Sequence[Measured], step: bool) -> No
     for var, x in zip(program.inputs, inputs, strict=True):
         count = x.shape[leading(var, step=step).index("H")]
         if count == 0 or heads[1] % count != 0:
+            widest = f" but {heads[0]} has {heads[1]}" if heads[0] else ""
             raise HeadCountMismatch(
-                f"{var.name} has {count} heads but {heads[0]} has {heads[1]}",
+                f"{var.name} has {count} heads{widest}",
                 where=_where(program, var),
                 why="an input may have fewer heads only by an integer factor: head h reads group h // factor",
                 try_=f"{var.name} of shape {_layout(var, step)} with H = {heads[1]} or a divisor of it",
@@ -284,6 +294,10 @@ def _rank_fix(var: Var, x: Measured, step: bool) -> str:
     names = (*leading(var, step=step), *var.axes)
     if len(x.shape) + 1 == len(names) and var.kind == "token":
         return f"{var.name}.unsqueeze({names.index('H')})  # if there is one head"
+    if len(x.shape) == len(names) + 1 and x.shape[-1] == 1:
+        return f"{var.name}.squeeze(-1)"
+    if len(x.shape) == len(names) + 1 and step and var.kind == "token":
+        return f"{var.name}[:, t]  # a step takes one token"
     return f"{var.name} = torch.randn({', '.join(names)})"
 
 

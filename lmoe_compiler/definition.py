@@ -15,13 +15,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from operator import attrgetter
+from pickle import PicklingError
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints, overload
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from lmoe_compiler import call, stages
+from lmoe_compiler import call, checks, stages
 from lmoe_compiler.analysis import analyse, check
 from lmoe_compiler.analysis.report import Proved
 from lmoe_compiler.config import Options
@@ -31,7 +32,7 @@ from lmoe_compiler.ir import interpret
 from lmoe_compiler.ir.nodes import Bound, Loc, Program, Var
 from lmoe_compiler.ir.parse import parse as parse_text
 from lmoe_compiler.ir.sequence import over_tokens
-from lmoe_compiler.ir.spec import verify
+from lmoe_compiler.ir.spec import RESERVED_DIMS, RESERVED_NAMES, verify
 from lmoe_compiler.ir.text import one_line, print_program
 from lmoe_compiler.operations import another
 from lmoe_compiler.trace import default_float, differentiates, trace
@@ -51,7 +52,7 @@ def linear_attention(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
 
 
 # Not equal by its fields: torch 2.11 asks for the hash of one that a traced `with_options` has yet to fill in.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Recurrence:
     """A recurrence over sequences. `definition` is the user's step function (None if it was given as IR).
 
@@ -63,17 +64,17 @@ class Recurrence:
     inputs: tuple[Var, ...]
     bounds: tuple[Bound, ...] = ()
     static_dims: tuple[str, ...] = ()
-    definition: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False)
-    given: Program | None = field(default=None, repr=False)
+    definition: Callable[..., tuple[Tensor, ...]] | None = None
+    given: Program | None = None
     options: Options = field(default_factory=Options)
     # What `with_options` was called on: it keeps the proofs, and it is there before torch.compile traces.
-    origin: Recurrence | None = field(default=None, repr=False)
+    origin: Recurrence | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """o [B, T, H, ...] of tokens [B, T, H, ...] and heads [H, ...]; call.py has the whole contract."""
         return call.scan(self, *args, **kwargs)
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:
+    def step(self, /, *args: Any, **kwargs: Any) -> Any:
         """One decode step: inputs [B, H, ...], `state=` [B, H, ...] -> (o, next state).
 
         With `inplace=True` the state tensors are overwritten with the next state and returned: what a decode loop
@@ -128,16 +129,17 @@ class Recurrence:
         """What the analysis proved: `.kind`, `.states`, `.form`; `str()` of it is the report."""
         return Proved(self.ir)
 
-    def explain(self, *args: Any, **kwargs: Any) -> str:
+    def explain(self, /, *args: Any, **kwargs: Any) -> str:
         """Every stage of this recurrence as text, for these arguments if given."""
         return call.explain(self, *args, **kwargs)
 
-    def source(self, *args: Any, **kwargs: Any) -> str:
+    def source(self, /, *args: Any, **kwargs: Any) -> str:
         """The generated kernels for these arguments, as text."""
         return call.source(self, *args, **kwargs)
 
     def reference(
         self,
+        /,
         *args: Tensor,
         initial_state: Tensor | Sequence[Tensor] | None = None,
         return_state: bool = False,
@@ -146,6 +148,8 @@ class Recurrence:
     ) -> Any:
         """The definition itself, looped over T and vmapped over B and H; any dtype, differentiable."""
         inputs = self.bind(args, named)
+        if not torch.compiler.is_compiling():
+            checks.check_shapes(self.program(**call.static_sizes(self, inputs)), inputs)
         single = len(self.states) == 1
         states = [initial_state] if isinstance(initial_state, Tensor) else initial_state
         output, finals = self.run_reference(inputs, states, cu_seqlens)
@@ -181,7 +185,24 @@ class Recurrence:
         """Pickled as a function is, by its name; a recurrence that was given as IR, by its text."""
         if self.definition is None:
             return _restore, ("", self.text(), self.options)
-        return _restore, (self.definition.__module__, self.definition.__qualname__, self.options)
+        module, name = self.definition.__module__, self.definition.__qualname__
+        try:
+            found = attrgetter(name)(sys.modules[module])
+        except (AttributeError, KeyError):
+            found = None
+        if found is not (self.origin or self):
+            raise PicklingError(
+                f"{self.name} cannot be pickled: {module}.{name} is not this recurrence. Define it with @recurrence "
+                f"under that name at the top of a module, or pickle lmoe.parse(str({self.name}.ir))."
+            )
+        return _restore, (module, name, self.options)
+
+    def __repr__(self) -> str:
+        """The declarations, as in the IR's text: `<recurrence gla: S[K, V]; q[K], k[K], v[V], g[K]>`."""
+        states, inputs = (
+            ", ".join(map(str, variables)) for variables in (self.states, self.inputs)
+        )
+        return f"<recurrence {self.name}: {states}; {inputs}{self.options.text and f'; {self.options.text}'}>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recurrence:
         return self
@@ -270,6 +291,7 @@ def from_program(program: Program) -> Recurrence:
 def _recurrence(
     step: Callable[..., Any], *, bounds: Bounds, scope: Mapping[str, Any]
 ) -> Recurrence:
+    _refuse_others(step)
     loc = line_of(step)
     hints = _hints(step, scope, loc)
     dims: dict[str, type[Dim]] = {}
@@ -294,6 +316,24 @@ def _recurrence(
     if not differentiates(step.__code__):
         assert made.ir
     return made
+
+
+def _refuse_others(step: object) -> None:
+    """Raise BadSignature for what is not a plain Python function."""
+    plain = inspect.isfunction(step) or inspect.ismethod(step)
+    asks = inspect.iscoroutinefunction(step) or inspect.isgeneratorfunction(step)
+    if plain and not asks:
+        return
+    kind = f"a {type(step).__name__}"
+    if asks:
+        kind = "a function with `async` or `yield`"
+    elif isinstance(step, Recurrence):
+        kind = f"{step.name}, which is a recurrence already"
+    raise BadSignature(
+        f"recurrence() got {kind}",
+        why="a step is a plain function (def) or a method of an object",
+        try_=EXAMPLE,
+    )
 
 
 def line_of(step: Callable[..., Any]) -> Loc:
@@ -326,7 +366,11 @@ def _var(
         parameter.kind is not parameter.POSITIONAL_OR_KEYWORD
         or parameter.default is not parameter.empty
     ):
-        _bad(loc, f"argument {parameter} is not a plain one", "no *args, no **kwargs, no defaults")
+        _bad(
+            loc,
+            f"argument {name!r} is not a plain one: {_unusual(parameter)}",
+            "inputs are tensors that every call passes, by position or by name",
+        )
     hint = hints.get(name)
     kind = KINDS.get(get_origin(hint) or hint)
     axes = get_args(hint)
@@ -337,7 +381,15 @@ def _var(
             why="every argument is State[...], Token[...], Token, Head[...] or Head, of classes derived from lmoe.Dim",
             try_=EXAMPLE,
         )  # fmt: skip
+    if kind != "state" and name in RESERVED_NAMES:
+        _bad(
+            loc,
+            f"an input is called {name!r}",
+            f"calls have {', '.join(RESERVED_NAMES)} of their own",
+        )
     for dim in axes:
+        if dim.__name__ in RESERVED_DIMS:
+            _bad(loc, f"a dim is called {dim.__name__}", RESERVED_DIMS[dim.__name__])
         if dims.setdefault(dim.__name__, dim) is not dim:
             _bad(
                 loc,
@@ -350,11 +402,18 @@ def _var(
     return Var(name, kind, tuple(names), loc)
 
 
+def _unusual(parameter: inspect.Parameter) -> str:
+    if parameter.default is not parameter.empty:
+        return f"it has the default {parameter.default!r}"
+    return f"it is {parameter.kind.description}"
+
+
 def _bounds(bounds: Bounds, inputs: Sequence[Var], loc: Loc) -> tuple[Bound, ...]:
-    for name, (low, high) in bounds.items():
-        if all(name != v.name for v in inputs) or not low <= high:
+    for name, bound in bounds.items():
+        pair = isinstance(bound, (tuple, list)) and len(bound) == 2
+        if all(name != v.name for v in inputs) or not pair or not bound[0] <= bound[1]:
             raise BadBound(
-                f"bounds={{{name!r}: ({low}, {high})}}", where=str(loc),
+                f"bounds={{{name!r}: {bound}}}", where=str(loc),
                 why=f"a bound is (low, high) with low <= high, of an input: {', '.join(v.name for v in inputs)}",
                 try_=f'@lmoe.recurrence(bounds={{"{inputs[-1].name}": (-5, 0)}})',
             )  # fmt: skip

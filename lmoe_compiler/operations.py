@@ -6,6 +6,7 @@ expression may lack an axis that its dimension names (it is constant along it). 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ Axis = str | None
 
 class NoMeaning(Exception):
     """This use of an operation cannot be said in named axes; the message says what it would need."""
+
+
+# In place of a Named: torch's indices of largest entries, which have no meaning by axis names.
+UNKNOWN_INDICES = object()
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,16 @@ def amax(ctx: Context, x: Named, dims: Any = None, keepdim: bool = False) -> Nam
 def amin(ctx: Context, x: Named, dims: Any = None, keepdim: bool = False) -> Named:
     high = reduce(ctx, Named(ctx.make("neg", x.node), x.axes), dims, keepdim, "max")
     return Named(ctx.make("neg", high.node), high.axes)
+
+
+def largest(reduction: Callable[..., Named]) -> Callable[..., Any]:
+    """`x.max()`, and `x.max(dim)` with its pair of values and (unknown) indices."""
+
+    def rule(ctx: Context, x: Named, dim: int | None = None, keepdim: bool = False) -> Any:
+        values = reduction(ctx, x, dim, keepdim)
+        return values if dim is None else (values, UNKNOWN_INDICES)
+
+    return rule
 
 
 def var_mean(
@@ -454,6 +469,31 @@ def expm1(ctx: Context, x: Named) -> Named:
     return Named(ctx.make("sub", ctx.make("exp", x.node), ctx.const(1)), x.axes)
 
 
+def exp2(ctx: Context, x: Named) -> Named:
+    return Named(ctx.make("exp", ctx.make("mul", x.node, ctx.const(math.log(2)))), x.axes)
+
+
+def log2(ctx: Context, x: Named) -> Named:
+    return Named(ctx.make("div", ctx.make("log", x.node), ctx.const(math.log(2))), x.axes)
+
+
+def logit(ctx: Context, x: Named, eps: float | None = None) -> Named:
+    if eps is not None:
+        x = clamp(ctx, x, Named(ctx.const(eps)), Named(ctx.const(1 - eps)))
+    rest = logical_not(ctx, x)
+    return Named(ctx.make("log", ctx.make("div", x.node, rest.node)), x.axes)
+
+
+def lerp(ctx: Context, x: Named, y: Named, weight: Named) -> Named:
+    """Torch computes the same sum from whichever end is nearer, which would hide that it is one."""
+    return pointwise(ctx, "add", x, pointwise(ctx, "mul", weight, pointwise(ctx, "sub", y, x)))
+
+
+def hypot(ctx: Context, x: Named, y: Named) -> Named:
+    square = pointwise(ctx, "add", *(pointwise(ctx, "mul", z, z) for z in (x, y)))
+    return Named(ctx.make("sqrt", square.node), square.axes)
+
+
 def _plain(op: str) -> Callable[..., Named]:
     return lambda ctx, *operands: pointwise(ctx, op, *operands)
 
@@ -481,5 +521,10 @@ RULES: dict[str, Callable[..., Any]] = {
     "logsumexp": logsumexp, "native_layer_norm": layer_norm, "addr": addr, "eye": eye,
     "diag_embed": diag_embed, "diagonal": diagonal, "diagonal_copy": diagonal,
     "full": fill(), "full_like": fill(), "new_full": fill(), "scalar_tensor": fill(),
+    "bool": lambda ctx, x: ne(ctx, x, Named(ctx.const(0))), "max": largest(amax), "min": largest(amin),
+    "exp2": exp2, "log2": log2, "logit": logit, "lerp": lerp, "hypot": hypot,
+    "erfc": lambda ctx, x: logical_not(ctx, Named(ctx.make("erf", x.node), x.axes)),
+    **dict.fromkeys("logical_or bitwise_or".split(), _plain("maximum")),
+    **dict.fromkeys("logical_xor bitwise_xor".split(), ne),
     "expm1": expm1, "where": where, "masked_fill": masked_fill, "ne": ne,
 }  # fmt: skip

@@ -26,9 +26,9 @@ from lmoe_compiler.errors import (
     MixedDims,
     UnsupportedOperation,
 )
-from lmoe_compiler.ir.nodes import Loc, const
+from lmoe_compiler.ir.nodes import Loc, Var, const
 from lmoe_compiler.operations import RULES, Context, Named, NoMeaning
-from lmoe_compiler.sizes import Sizes
+from lmoe_compiler.sizes import TORCH, Sizes
 
 aten = torch.ops.aten
 NEEDS_VALUE = {
@@ -40,10 +40,30 @@ NEEDS_VALUE = {
     "unique",
     "_unique2",
 }
+# Parts of the names of operations that people reach for: why there is no such thing, and what to do instead.
+HINTS = (
+    (("rand", "bernoulli", "normal_", "uniform", "dropout", "multinomial"), (
+        "a decode step, the backward and every rank must see the same numbers",
+        "def step(S: State[K, V], ..., noise: Token[K]):   # draw before the call, and pass it")),
+    (("cat", "stack", "split", "slice", "chunk", "flip", "roll", "gather", "index"), (
+        "K is the whole axis: a step does not cut, join or reorder it",
+        "q, k = rotate(q), rotate(k)   # before the call; or parts along a static dim, x: Token[N, K]")),
+    (("arange", "linspace", "cumsum", "cumprod", "tri", "sort", "topk"), (
+        "entries of an axis have no order in a step",
+        "def step(S: State[K, V], ..., a: Head[K]):   # pass what differs by position, one value an entry")),
+    (("view", "reshape", "bmm"), (
+        "each axis keeps its name: two are not merged into one, and one is not split",
+        "(S * q[:, None, None]).sum(0)   # in place of einsum or @ where axes would merge")),
+)  # fmt: skip
 OPERANDS = {"Tensor", "number", "Scalar"}
 INTERNAL_IN_PLACE = {"squeeze_", "detach_"}
 # Frames between a step and the dispatch of its operation.
-DISPATCH = ("torch/_compile.py", "torch/_dynamo/eval_frame.py", "lmoe_compiler/sizes.py")
+DISPATCH = (
+    "torch/_compile.py",
+    "torch/_dynamo/eval_frame.py",
+    "lmoe_compiler/sizes.py",
+    "lmoe_compiler/gradient_stops.py",
+)
 # Without their wrappers, which are about `out=` and half precision and import all of Dynamo when called.
 DECOMPOSITIONS = {
     op: inspect.unwrap(function)
@@ -53,7 +73,7 @@ DECOMPOSITIONS = {
         aten.gelu, aten.gelu_backward, aten.sigmoid_backward, aten.tanh_backward,
         aten.threshold_backward, aten.softplus_backward, aten.native_layer_norm_backward,
         aten._softmax_backward_data, aten._log_softmax_backward_data, aten.addcmul, aten.addcdiv,
-        aten.lerp, aten.elu, aten.leaky_relu, aten.hardtanh, aten.hardsigmoid, aten.std,
+        aten.elu, aten.leaky_relu, aten.hardtanh, aten.hardsigmoid, aten.std,
         aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.select_backward, aten.xlogy,
         ]).items()
 }  # fmt: skip
@@ -85,7 +105,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if name in NEEDS_VALUE:
-            self._needs_value(name)
+            self._needs_value(spot(self.here()))
         if func in DECOMPOSITIONS and name not in RULES:
             with self:
                 return DECOMPOSITIONS[func](*args, **kwargs)
@@ -95,7 +115,7 @@ class Recorder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         if func._schema.is_mutable and name not in INTERNAL_IN_PLACE:
-            if _caller() == self.file:
+            if not _caller().startswith(TORCH):
                 self._in_place(name)
             return self._mutated(func, args, kwargs)
         for x in _tensors(args, kwargs):
@@ -114,11 +134,10 @@ class Recorder(TorchDispatchMode):
         """Torch's own in-place operation on a temporary: the new value takes the old one's place."""
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__.removesuffix("_")
-        value: Any = UnsupportedOperation(
-            f"{func} changes a tensor in place", where=spot(self.here())
-        )
         if name in RULES and isinstance(out, Tensor):
-            value = self._translate(func, name, args, kwargs, out)
+            value: Any = self._translate(func, name, args, kwargs, out)
+        else:
+            value = _unsupported(func, self.here(), "")
         for x in _tensors((args[0], out), {}):
             self.define(x, value)
         return out
@@ -139,7 +158,9 @@ class Recorder(TorchDispatchMode):
         loc = self.here()
         try:
             if name not in RULES and name != "unbind":
-                raise NoMeaning("this operation")
+                raise NoMeaning("")
+            if name == "_to_copy" and isinstance(args[0], Tensor):
+                name = _cast(args[0].dtype, out.dtype)
             first = out if isinstance(out, Tensor) else out[0]
             ctx = Context(loc, self.sizes.axes(first.shape))
             args, kwargs = self._operands(func, args, kwargs, loc)
@@ -150,11 +171,7 @@ class Recorder(TorchDispatchMode):
         except UnsupportedOperation as error:
             return error
         except NoMeaning as error:
-            return UnsupportedOperation(
-                f"torch operation {func} cannot be part of a step: {error}", where=spot(loc),
-                why="a step is made of pointwise functions, products and sums over named axes",
-                try_="S = S + torch.outer(k, v)   # or einsum, @, .T, broadcasting, torch.func.grad, vmap, ...",
-            )  # fmt: skip
+            return _unsupported(func, loc, str(error))
 
     def _operands(
         self, func: Any, args: Any, kwargs: Any, loc: Loc | None
@@ -202,8 +219,8 @@ class Recorder(TorchDispatchMode):
         """The last line of the step that is a return."""
         lines = sorted({line for *_, line in step.__code__.co_lines() if line is not None})
         texts = [(n, linecache.getline(self.file, n).strip()) for n in lines]
-        found = next(((n, t) for n, t in reversed(texts) if "return" in t), texts[-1])
-        return f"{self.file}:{found[0]}\n{found[1]}"
+        found = next(((n, t) for n, t in reversed(texts) if t.startswith("return")), texts[-1])
+        return f"{self.file}:{found[0]}\n{found[1]}".rstrip()
 
     def _refuse_captured(self, x: Tensor, name: str) -> None:
         fresh = name in ("lift_fresh", "lift_fresh_copy", "detach")
@@ -221,12 +238,12 @@ class Recorder(TorchDispatchMode):
             try_="def step(S: State[K, V], ..., u: Head[K]):   # one value per head, passed at each call",
         )  # fmt: skip
 
-    def _needs_value(self, name: str) -> NoReturn:
+    def _needs_value(self, where: str) -> NoReturn:
         raise DataDependentControlFlow(
-            f"the step needs the value of a tensor ({name})",
-            where=spot(self.here()),
-            why="a Python `if`, `while`, float() or .item() would be decided once, for all tokens",
-            try_="S = torch.where(g > 0, S, torch.zeros_like(S))",
+            "the step needs the value of a tensor",
+            where=where,
+            why="a Python `if`, `while`, float(), .item(), math or numpy would be decided once, for all tokens",
+            try_="S = torch.where(g > 0, S, torch.zeros_like(S))   # and g.exp(), not math.exp(g)",
         )
 
     def _in_place(self, name: str) -> NoReturn:
@@ -246,10 +263,17 @@ class Recorder(TorchDispatchMode):
                 where = spot(Loc(self.file, frame.tb_lineno, text))
             frame = frame.tb_next
         text = self.sizes.spell(str(error).split("\n")[0])
-        if isinstance(error, RuntimeError) and ("size" in text or "shape" in text or "dim" in text):
+        if "to Scalar" in text or ".numpy()" in text:
+            self._needs_value(where)
+        if text.count(")") > text.count("("):
+            text = text.removesuffix(")")
+        if isinstance(error, (RuntimeError, IndexError)) and any(
+            word in text for word in ("size", "shape", "dim")
+        ):
             raise MixedDims(
                 text, where=where,
-                why="every dim is a size of its own: K and V never agree, even where they are equal at run time",
+                why="the step sees one token of one head, and every dim is a size of its own:\n"
+                    + ", ".join(map(_declared, self.sizes.variables)),
                 try_="S.T @ k   # [V, K] @ [K] -> [V]",
             ) from error  # fmt: skip
         raise error
@@ -263,6 +287,35 @@ def _caller() -> str:
     return "" if frame is None else frame.f_code.co_filename
 
 
+def _declared(var: Var) -> str:
+    return f"{var.name} is [{', '.join(var.axes)}]" if var.axes else f"{var.name} is a number"
+
+
+def _cast(old: torch.dtype, new: torch.dtype) -> str:
+    """The rule of a cast: what is exact or only rounds less changes nothing."""
+    if new == torch.bool:
+        return "_to_copy" if old == torch.bool else "bool"
+    if old.is_floating_point and not new.is_floating_point:
+        raise NoMeaning("a cast to whole numbers has no gradient")
+    if new in (torch.bfloat16, torch.float16):
+        raise NoMeaning("inputs' dtypes decide the precision of a step")
+    return "_to_copy"
+
+
+def _unsupported(func: Any, loc: Loc | None, reason: str) -> UnsupportedOperation:
+    """`func` has no meaning in a step, for a reason; with what to write in its place."""
+    name = func.overloadpacket.__name__
+    hint = next((hint for names, hint in HINTS if any(x in name for x in names)), None)
+    why, try_ = hint or (
+        "a step is made of pointwise functions, products and sums over named axes",
+        "S = S + torch.outer(k, v)   # or einsum, @, .T, broadcasting, torch.func.grad, vmap, ...",
+    )
+    return UnsupportedOperation(
+        f"torch operation {func} cannot be part of a step" + (reason and f": {reason}"),
+        where=spot(loc), why=why, try_=try_,
+    )  # fmt: skip
+
+
 def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
@@ -272,4 +325,4 @@ def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def spot(loc: Loc | None) -> str:
-    return "" if loc is None else f"{loc}\n{loc.text}"
+    return "" if loc is None else f"{loc}\n{loc.text}".rstrip()

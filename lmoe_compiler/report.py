@@ -13,6 +13,7 @@ from lmoe_compiler.explain import explain
 from lmoe_compiler.models import RECURRENCES
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
+from lmoe_compiler.models.own_mixers import is_own, own
 
 _MODEL = "model"
 
@@ -29,18 +30,25 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "name",
-        choices=[_MODEL, *sorted(RECURRENCES)],
         metavar="NAME",
-        help="a recurrence of the package, or model",
+        help="a recurrence of the package, FILE.py:NAME of your own, or model",
     )
     parser.add_argument("--pattern", default="LN", help="layers of the model (default: LN)")
     parser.add_argument(
         "--mixer", default="gated_delta_rule", help="its L layers (default: gated_delta_rule)"
     )
     arguments = parser.parse_args(argv)
-    if arguments.name != _MODEL:
+    if is_own(arguments.name):
+        found = own(arguments.name)
+        print(getattr(found, "recurrence", found).explain())
+        return 0
+    if arguments.name in RECURRENCES:
         print(RECURRENCES[arguments.name].explain())
         return 0
+    if arguments.name != _MODEL:
+        parser.error(
+            f"there is no recurrence {arguments.name!r}; there are {names}, or FILE.py:NAME"
+        )
     config = ModelConfig(
         num_layers=len(arguments.pattern),
         layer_pattern=arguments.pattern,

@@ -73,6 +73,9 @@ class Sizes:
         """Torch's names of sizes replaced by the dims'."""
         return text
 
+    def refuse_questions(self) -> None:
+        """Raise MixedDims if the step itself asked for a size."""
+
     def refuse_guards(self, where: str) -> None:
         """Raise MixedDims if a size was taken for a number, or for another dim."""
 

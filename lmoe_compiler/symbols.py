@@ -5,8 +5,11 @@ Numbers computed from sizes (`q.shape[0] ** -0.5`) stay expressions; a compariso
 
 from __future__ import annotations
 
+import linecache
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -18,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from lmoe_compiler.errors import MixedDims
 from lmoe_compiler.ir.nodes import Loc, Node, Var, const, make
 from lmoe_compiler.operations import NoMeaning
-from lmoe_compiler.sizes import PRIMES, Sizes
+from lmoe_compiler.sizes import PRIMES, TORCH, Sizes
 
 
 class _DimSource(Source):
@@ -48,12 +51,42 @@ class _OnCpu(FakeTensorMode):
         return False
 
 
+class _Watched(ShapeEnv):
+    """Keeps what code outside torch learnt of a symbol: the question, and the line that asked it."""
+
+    def __init__(self) -> None:
+        super().__init__(duck_shape=False)
+        self.asked: list[tuple[sympy.Basic, str]] = []
+
+    def evaluate_sym_node(self, *args: Any, **kwargs: Any) -> Any:
+        known = len(self.guards)
+        answer = super().evaluate_sym_node(*args, **kwargs)
+        if len(self.guards) > known and (line := _asking()) is not None:
+            self.asked.append((self.guards[known].expr, line))
+        return answer
+
+
+def _asking() -> str | None:
+    """The line outside torch that makes a bool or a number of a symbol; None if torch asks for itself."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name not in CONVERSIONS:
+        frame = frame.f_back
+    frame = frame and frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(TORCH):
+        return None
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{file}:{line}\n{linecache.getline(file, line).strip()}".rstrip()
+
+
+CONVERSIONS = {"__bool__", "__int__", "__index__", "__float__"}
+
+
 class Symbols(Sizes):
     """Every dim is a symbol of a ShapeEnv of our own, with a prime as its hint."""
 
     def __init__(self, variables: Sequence[Var], static: Mapping[str, int]) -> None:
         super().__init__(variables, static)
-        self.env = ShapeEnv(duck_shape=False)
+        self.env = _Watched()
         self.names: dict[str, str] = {}
         self.symbols: dict[str, int | SymInt] = {}
         for dim, hint in zip(self.free, PRIMES, strict=False):
@@ -109,12 +142,27 @@ class Symbols(Sizes):
             node = make(ops[kind], node, arg, loc=loc)
         return node
 
+    def refuse_questions(self) -> None:
+        for expr, line in self.env.asked:
+            asked = f"to know whether {expr}"
+            if isinstance(expr, sympy.Eq) and expr.rhs.is_number:
+                asked = f"{expr.lhs} as a plain number"
+            elif isinstance(expr, sympy.Ne):
+                asked = f"to know whether {expr.lhs} == {expr.rhs}"
+            raise MixedDims(
+                f"the step needs {self.spell(asked)}", where=line,
+                why="a size is a symbol while a step is traced; a dim that is looped over or compared is static",
+                try_="q.shape[0] ** -0.5   # in place of 1 / math.sqrt(q.shape[0])\n"
+                     'class N(lmoe.Dim, static=True): "micro-steps"   # for a loop: Token[N, K]',
+            )  # fmt: skip
+
     def refuse_guards(self, where: str) -> None:
+        self.refuse_questions()
         for guard in self.env.guards:
             if isinstance(guard.expr, sympy.Eq):
                 raise MixedDims(
                     f"the step needs {self.spell(str(guard.expr.lhs))} == {self.spell(str(guard.expr.rhs))}",
                     where=where,
-                    why="sizes are symbols while a step is traced; a dim that is looped over or compared is static",
-                    try_='class N(lmoe.Dim, static=True): "micro-steps"',
+                    why="every dim is a size of its own, and is neither cut nor joined",
+                    try_="class H(lmoe.Dim): ...   # halves, each with a name of its own: Token[N, H]",
                 )

@@ -22,10 +22,11 @@ from lmoe_compiler.errors import (
     UnsupportedOperation,
     WrongReturn,
 )
+from lmoe_compiler.gradient_stops import GradientStops
 from lmoe_compiler.ir.nodes import Node, Var, make
 from lmoe_compiler.ir.spec import base
 from lmoe_compiler.operations import Context, Named, another, relabel
-from lmoe_compiler.recorder import Recorder
+from lmoe_compiler.recorder import Recorder, spot
 from lmoe_compiler.side_effects import refuse_side_effects
 from lmoe_compiler.sizes import PRIMES, Numbers, Sizes
 from lmoe_compiler.symbols import Symbols
@@ -112,7 +113,7 @@ def _run(
         for var, arg in zip((*states, *inputs), args, strict=True):
             recorder.define(arg, Named(var.node, var.axes))
         try:
-            with recorder:
+            with recorder, GradientStops(lambda: spot(recorder.here())):
                 result = step(*args)
             results = _checked(step, result, states, recorder)
         except UnsupportedOperation as error:
@@ -121,6 +122,7 @@ def _run(
         except LmoeError:
             raise
         except Exception as error:
+            sizes.refuse_questions()
             recorder.explain(error)
     sizes.refuse_guards(recorder.line_of_definition(step))
     *next_states, output = results
@@ -153,7 +155,10 @@ def _checked(
     example = f"return {names}, output"
     values = result if isinstance(result, (tuple, list)) else (result,)
     if len(values) != len(states) + 1:
-        got = f"{len(values)} values" if isinstance(result, (tuple, list)) else "one value"
+        got = f"{len(values)} values"
+        if not isinstance(result, (tuple, list)):
+            got = "one value" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            got = "nothing" if result is None else got
         raise WrongReturn(
             f"{step.__name__} returned {got}, not {len(states) + 1}", where=where,
             why=f"a step returns its next states ({names}), then one output", try_=example,

@@ -25,6 +25,7 @@ from lmoe_compiler.models import (
     scalar_decay,
     test_time_training,
 )
+from lmoe_compiler.models.own_mixers import is_own, own
 
 Function = Callable[[Tensor], Tensor]
 
@@ -230,15 +231,30 @@ MIXERS: Mapping[str, MixerSpec] = {
 }
 
 
+def _example(recurrence: Any) -> str:
+    """Rows for every input, to be adapted."""
+    made = {"head": "Learned(torch.zeros)", "token": "Projected((torch.sigmoid,))"}
+    rows = (
+        f'"{v.name}": {"Projected()" if v.axes and v.kind == "token" else made[v.kind]}'
+        for v in recurrence.inputs
+    )
+    return ", ".join(rows)
+
+
 def mixer_spec(mixer: str | MixerSpec | Any) -> MixerSpec:
-    """The row of a name, a spec as it is, or a recurrence with projections for its vectors."""
+    """The row of a name, a spec as it is, or a recurrence with projections for its vectors.
+
+    A name with a colon is of your own: `my_variant.py:name`.
+    """
+    if isinstance(mixer, str) and is_own(mixer):
+        mixer = own(mixer)
     if isinstance(mixer, MixerSpec):
         return mixer
     if isinstance(mixer, str):
         if mixer not in MIXERS:
             raise InvalidModel(
                 f"there is no mixer {mixer!r}",
-                why=f"mixers are attention, {', '.join(MIXERS)}",
+                why=f"mixers are attention, {', '.join(MIXERS)}; or of your own, FILE.py:NAME",
                 try_='mixers={"L": "gated_delta_rule", "N": "attention"}',
             )
         return MIXERS[mixer]
@@ -247,6 +263,7 @@ def mixer_spec(mixer: str | MixerSpec | Any) -> MixerSpec:
         raise InvalidModel(
             f"nothing says how to make {', '.join(unclear)} of recurrence {mixer.name}",
             why="vector inputs are projections of the tokens; the others must be declared",
-            try_=f'MixerSpec(recurrence, {{"{unclear[0]}": Projected((torch.sigmoid,)), ...}})',
+            try_="from lmoe_compiler.models.mixer_table import Learned, MixerSpec, Projected\n"
+            f"mixer = MixerSpec({mixer.name}, {{{_example(mixer)}}})",
         )
     return MixerSpec(mixer, {v.name: _PLAIN for v in mixer.inputs})

@@ -185,6 +185,11 @@ class _TokenInput(nn.Module):
         return x
 
 
+def base(axis: str) -> str:
+    """The dim of an axis: a second axis of one dim is written V'."""
+    return axis.rstrip("'")
+
+
 def _input_shapes(config: ModelConfig, spec: MixerSpec) -> dict[str, tuple[int, ...]]:
     """(H, *axes) of every input; a mismatch between the table and the recurrence is the user's
     error.
@@ -197,8 +202,22 @@ def _input_shapes(config: ModelConfig, spec: MixerSpec) -> dict[str, tuple[int, 
             try_="one Projected or Learned for each input of the recurrence",
         )
     sizes = {"K": config.key_dim, "V": config.value_dim, **spec.sizes}
+    for axis in (base(a) for v in variables.values() for a in v.axes):
+        if axis not in sizes:
+            raise InvalidModel(
+                f"nothing says how long the dim {axis} of recurrence {spec.recurrence.name} is",
+                why="K is key_dim and V is value_dim of the model; others are the MixerSpec's",
+                try_=f"MixerSpec({spec.recurrence.name}, {{...}}, sizes={{{axis!r}: 16}})",
+            )
+    static = {dim: sizes[dim] for dim in spec.recurrence.static_dims}
+    output = spec.recurrence.program(**static).output.axes
+    if output != ("V",):
+        raise InvalidModel(
+            f"the output of recurrence {spec.recurrence.name} is [{', '.join(output)}], not [V]",
+            why="the layer around it norms, gates and projects heads of value_dim",
+            try_="return S, S.T @ q   # [K, V] and [K] -> [V]",
+        )
     return {
-        # A second axis of one dim is written V'.
-        name: (config.linear_heads, *(sizes[axis.rstrip("'")] for axis in v.axes))
+        name: (config.linear_heads, *(sizes[base(axis)] for axis in v.axes))
         for name, v in variables.items()
     }

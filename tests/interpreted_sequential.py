@@ -227,3 +227,33 @@ def test_wrong_numbers_on_an_unmeasured_gpu_are_an_error(monkeypatch):
     kernels = case.recurrence.with_options(implementation="triton")
     with pytest.raises(WrongResult, match=r"simple_gla are wrong on(.|\n)*torch"):
         kernels(*(x.float() for x in made.values()))
+
+
+@lmoe.recurrence
+def unit_keys(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token, u: lmoe.Head):
+    k = k / k.norm()
+    S = g.exp() * S
+    S = S + torch.outer(k, u * (v - S.T @ k))
+    return S, S.T @ q
+
+
+@lmoe.recurrence
+def poles(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token, u: lmoe.Head):
+    S = g.abs().sqrt().sigmoid() * S + torch.outer(k.abs() ** u, torch.log(v.abs()) / g)
+    return S, u * (S.T @ q) / q.norm()
+
+
+@pytest.mark.parametrize("recurrence", [unit_keys, poles], ids=lambda r: r.name)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_past_the_end_are_no_poles(recurrence, packed):
+    """They are read as zeros: a key divided by its own norm gave NaN everywhere, gradients of heads included."""
+    inputs, states = arguments(recurrence, T=20)
+    options = {"cu_seqlens": torch.tensor([0, 4, 20], dtype=torch.int32)} if packed else {}
+    if packed:
+        states = [x.expand(2, *x.shape[1:]).clone() for x in states]
+    wide = {n: x.double() for n, x in inputs.items()}, [x.double() for x in states]
+    kernels = recurrence.with_options(implementation="triton", chunk_size=16)
+    assert_close(
+        differentiated(kernels, inputs, states, **options),
+        differentiated(recurrence.reference, *wide, **options),
+    )

@@ -44,6 +44,17 @@ def linear_attention(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
     return S, S.T @ q
 
 
+@row("elementwise", S="scalar", h="elementwise")
+def smoothed_values(
+    S: State[K, V], h: State[V], q: Token[K], k: Token[K], v: Token[V], f: Token[V]
+):
+    """A state whose writes are another state as a whole."""
+    f = torch.sigmoid(f)
+    h = f * h + (1 - f) * v
+    S = 0.99 * S + torch.outer(k, h)
+    return S, h, S.T @ q + h
+
+
 @row("scalar")
 def retention(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], gamma: Head):
     S = gamma * S + torch.outer(k, v)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
+from fractions import Fraction
 from functools import cache
+from itertools import permutations
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from spellings import FAMILIES, define, delta_rule, gated_delta_rule, nameless, 
 
 from lmoe_compiler import Head, State, Token, recurrence
 from lmoe_compiler.analysis import interval
+from lmoe_compiler.analysis.poly import Atom, Poly, canonical, renamed
 from lmoe_compiler.dims import K, V
 from lmoe_compiler.ir.nodes import Bound, Next, Step
 
@@ -104,6 +108,77 @@ def test_report_names_the_line_that_prevents_a_better_form():
     per_channel = str(ROWS["beta_per_value_channel"].recurrence.transition)
     assert "b[V]" in per_channel
     assert "b * (v - S.T @ k)" in per_channel
+
+
+def scaled_layer_norm(S, q, k, v, w, b):
+    def loss(W):
+        return 0.5 * ((F.layer_norm(W.T @ k, v.shape, w, b) - v) ** 2).sum()
+
+    S = S - torch.func.grad(loss)(S)
+    return S, S.T @ q
+
+
+def test_many_sums_over_one_axis_are_told_apart_quickly():
+    """An affine layer norm in an inner loss took 98 s: all orders of its means' labels were tried."""
+    step = define(scaled_layer_norm, w=Head[V], b=Head[V])
+    begin = time.process_time()
+    assert step.transition.kind == "nonlinear"
+    assert time.process_time() - begin < 20
+
+
+def total(atoms):
+    return Poly({canonical(atoms): Fraction(1)}).key
+
+
+def test_names_of_bound_labels_do_not_matter():
+    """Under every renaming, and with groups in every order, a monomial is the same one."""
+    x, s = Atom("input", "x"), Atom("fn", "s", symmetries=((0, 1), (1, 0)))
+    labels = ["V~0", "V~1", "V~2", "V~3"]
+    a, b, c, d = labels
+    monomials = [
+        [(x, (a,)), (x, (b,)), (x, (c,)), (x, (d,))],
+        [(x, (a, b)), (x, (b, c)), (x, (c, d)), (x, (d, a))],
+        [(s, (a, b)), (s, (b, c)), (x, (c, d)), (x, (a,))],
+        [(x, (a, b)), (x, (b, a)), (x, (c, d)), (x, (d, c))],
+        [(x, (a, a)), (x, (b, c)), (x, (c, b)), (x, (d, d))],
+    ]
+    keys = [total(m) for m in monomials]
+    assert len(set(keys)) == len(keys)
+    for monomial, key in zip(monomials, keys, strict=True):
+        for order in permutations(labels):
+            names = dict(zip(labels, order, strict=True))
+            assert total(renamed(monomial[::-1], names)) == key
+
+
+def test_report_in_words():
+    """What is forgotten, never used, or nonlinear is said so; a constant has its own value as its range."""
+
+    def forgets(S, q, k, v, g):
+        S = torch.outer(k, v)
+        return S, S.T @ q
+
+    text = str(define(forgets, g=Token).transition)
+    assert "nothing is kept from one token to the next" in text
+    assert "not used: g" in text
+    assert "inf" not in text
+
+    def squares(S, q, k, v):
+        S = S * S + torch.outer(k, v)
+        return S, S.T @ q
+
+    assert "no better form: a product of two values of S" in str(define(squares).transition)
+
+
+def test_a_decay_by_lerp_is_a_decay():
+    def lerps(S, q, k, v, g):
+        S = torch.lerp(torch.outer(k, v), S, g.sigmoid())
+        return S, S.T @ q
+
+    def adds(S, q, k, v, g):
+        S = g.sigmoid() * S + (1 - g.sigmoid()) * torch.outer(k, v)
+        return S, S.T @ q
+
+    assert nameless(define(lerps, g=Token).ir) == nameless(define(adds, g=Token).ir)
 
 
 def test_delta_rule_is_in_merged_form():

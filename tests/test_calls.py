@@ -18,8 +18,10 @@ from calls import arguments, gated, state
 from kinds import ROWS
 
 import lmoe_compiler as lmoe
-from lmoe_compiler import errors, implementation, kernels, layout
+from lmoe_compiler import State, Token, errors, implementation, kernels, layout
 from lmoe_compiler.config import Environment, Options, environment
+from lmoe_compiler.dims import K as K_
+from lmoe_compiler.dims import V as V_
 
 Q, K, V, G, U = range(5)
 
@@ -50,6 +52,7 @@ BAD_CALLS = {
         errors.ShapeMismatch,
         r"q has 3 dimensions, shape \[5, 2, 3\](.|\n)*Token\[K\](.|\n)*\[B, T, H, K\](.|\n)*unsqueeze",
     ),
+    "state": (lambda: call(initial_state=0), errors.InvalidArgument, "got int for 'initial_state'"),
     "rank of a gate": (lambda: call(g=g[..., None]), errors.ShapeMismatch, r"g has 4 dimensions"),
     "heads": (
         lambda: call(q=torch.cat([q, q[:, :, :1]], 2)),
@@ -314,6 +317,56 @@ def test_a_recurrence_is_pickled_with_its_options(made):
     restored = pickle.loads(pickle.dumps(made.with_options(chunk_size=8)))
     assert (restored.text(), restored.options) == (made.text(), Options(chunk_size=8))
     assert copy.deepcopy(made) is made
+
+
+def test_a_recurrence_that_no_name_leads_to_is_refused_when_it_is_pickled():
+    """And not when it is loaded, which may be after days of training."""
+
+    def made():
+        @lmoe.recurrence
+        def local(S: State[K_, V_], q: Token[K_], k: Token[K_], v: Token[V_]):
+            S = S + torch.outer(k, v)
+            return S, S.T @ q
+
+        return local
+
+    with pytest.raises(pickle.PicklingError, match="at the top of a module"):
+        pickle.dumps(made())
+    other = lmoe.recurrence(gated.definition)
+    with pytest.raises(pickle.PicklingError, match="is not this recurrence"):
+        pickle.dumps(other)
+    text = lmoe.parse(str(other.ir))
+    assert pickle.loads(pickle.dumps(text)).text() == text.text()
+
+
+def test_a_recurrence_prints_its_declarations():
+    assert repr(gated) == "<recurrence gated: S[K, V]; q[K], k[K], v[V], g, u[K]>"
+    assert "chunk_size=8" in repr(gated.with_options(chunk_size=8))
+
+
+def test_any_name_that_python_takes_is_an_input():
+    @lmoe.recurrence
+    def odd(S: State[K_, V_], self: Token[K_], r: Token[K_], größe: Token[V_]):
+        S = S + torch.outer(r, größe)
+        return S, S.T @ self
+
+    q, k, v, *_ = arguments()
+    assert lmoe.parse(str(odd.ir)).ir == odd.ir
+    torch.testing.assert_close(odd(q, r=k, größe=v), odd.reference(self=q, r=k, größe=v))
+    assert odd.step(self=q[:, 0], r=k[:, 0], größe=v[:, 0])[0].shape == v[:, 0].shape
+
+
+def test_no_sequences_give_no_outputs():
+    inputs = [x[:0] if x.dim() > 2 else x for x in arguments()]
+    output, final = gated(*inputs, return_state=True)
+    assert output.shape[0] == final.shape[0] == 0
+
+
+def test_the_reference_checks_shapes_too():
+    q, k, v, g, u = arguments()
+    for r in (gated.reference, gated.with_options(implementation="reference")):
+        with pytest.raises(errors.ShapeMismatch, match="v has T"):
+            r(q, k, v[:, :3], g, u)
 
 
 def test_what_a_step_makes_itself_is_made_where_its_inputs_are():

@@ -4,8 +4,13 @@ and code that works.
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lmoe_compiler as lmoe
 from lmoe_compiler import Head, State, Token, errors, recurrence
@@ -98,6 +103,93 @@ def merges_axes(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
     return S, S.reshape(-1)
 
 
+def stops_a_gradient(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k.detach(), v)
+    return S, S.T @ q
+
+
+def stops_the_states_gradient(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    with torch.no_grad():
+        old = S.T @ k
+    S = S + torch.outer(k, v - old)
+    return S, S.T @ q
+
+
+def decides_by_a_size(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    if k.shape[0] > 64:
+        S = 0.5 * S
+    return S + torch.outer(k, v), S.T @ q
+
+
+def compares_sizes(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    o = S.T @ q
+    return S + torch.outer(k, v), o if k.shape[0] == v.shape[0] else 2 * o
+
+
+def takes_a_root_of_a_size(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v) / math.sqrt(k.shape[0])
+    return S, S.T @ q
+
+
+def asserts_a_size(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    assert k.shape[0] % 2 == 0
+    return S, S.T @ q
+
+
+def rounds(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token):
+    S = g.long() * S + torch.outer(k, v)
+    return S, S.T @ q
+
+
+def halves_precision(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S.to(torch.bfloat16).float() + torch.outer(k, v)
+    return S, S.T @ q
+
+
+def drops_out(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(F.dropout(k, 0.1), v)
+    return S, S.T @ q
+
+
+def numbers_an_axis(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = torch.arange(k.shape[0])[:, None] * S + torch.outer(k, v)
+    return S, S.T @ q
+
+
+def joins(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v)
+    return S, torch.cat([S.T @ q, S.T @ k])
+
+
+def cuts(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    a, b = k.chunk(2)
+    S = S + torch.outer(torch.cat([-b, a]), v)
+    return S, S.T @ q
+
+
+def uses_numpy(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(torch.tensor(np.exp(k)), v)
+    return S, S.T @ q
+
+
+def is_for_batches(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.einsum("bhk,bhv->bhkv", k, v)
+    return S, S.T @ q
+
+
+def indexes_a_number(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token):
+    S = g[0] * S + torch.outer(k, v)
+    return S, S.T @ q
+
+
+def returns_nothing(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    S = S + torch.outer(k, v)
+
+
+def returns_a_dict(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+    return {"S": S, "o": S.T @ q}
+
+
 # step, error, what it says of the value, the user's line, part of the code that works
 STEPS = (
     (one_value, errors.WrongReturn, "returned one value, not 2", "return S", "return S, output"),
@@ -137,8 +229,25 @@ STEPS = (
     (prints, errors.SideEffect, "prints", "print(S)", "return S, o"),
     (captures, errors.CapturedTensor, "shape [3]", "OUTSIDE.sum()", "u: Head[K]"),
     (mixes_dims, errors.MixedDims, "must match the size of tensor b", "S = S + S.T", "S.T @ k"),
-    (loops_over_a_dim, errors.MixedDims, "K ==", "", "static=True"),
-    (sorts, errors.UnsupportedOperation, "aten.sort", "torch.sort(k)", "torch.outer(k, v)"),
+    (loops_over_a_dim, errors.MixedDims, "K as a plain number", "range(k.shape[0])", "static=True"),
+    (sorts, errors.UnsupportedOperation, "aten.sort", "torch.sort(k)", "a: Head[K]"),
+    (stops_a_gradient, errors.UnsupportedOperation, "a gradient (detach)", "k.detach()", "outside"),
+    (stops_the_states_gradient, errors.UnsupportedOperation, "(no_grad)", "no_grad():", "outside"),
+    (decides_by_a_size, errors.MixedDims, "whether K <= 64", "k.shape[0] > 64", "static=True"),
+    (compares_sizes, errors.MixedDims, "whether K == V", "== v.shape[0]", "static=True"),
+    (takes_a_root_of_a_size, errors.MixedDims, "K as a plain number", "math.sqrt", "** -0.5"),
+    (asserts_a_size, errors.MixedDims, "the step needs to know", "% 2 == 0", "static=True"),
+    (rounds, errors.UnsupportedOperation, "whole numbers", "g.long()", "torch.outer"),
+    (halves_precision, errors.UnsupportedOperation, "precision", "torch.bfloat16", "torch.outer"),
+    (drops_out, errors.UnsupportedOperation, "bernoulli_", "F.dropout", "noise: Token[K]"),
+    (numbers_an_axis, errors.UnsupportedOperation, "aten.arange", "torch.arange", "a: Head[K]"),
+    (joins, errors.UnsupportedOperation, "aten.cat", "torch.cat", "before the call"),
+    (cuts, errors.MixedDims, "== 2", "torch.cat([-b, a])", "Token[N, H]"),
+    (uses_numpy, errors.DataDependentControlFlow, "value of a tensor", "np.exp", "g.exp()"),
+    (is_for_batches, errors.MixedDims, "S is [K, V], q is [K]", "bhk,bhv", "S.T @ k"),
+    (indexes_a_number, errors.MixedDims, "g is a number", "g[0]", "S.T @ k"),
+    (returns_nothing, errors.WrongReturn, "returned nothing", "torch.outer", "return S, output"),
+    (returns_a_dict, errors.WrongReturn, "returned a dict", "return {", "return S, output"),
     (merges_axes, errors.UnsupportedOperation, "aten.view", "S.reshape(-1)", "einsum"),
 )
 
@@ -153,6 +262,18 @@ def test_step_is_refused(step, error, value, line, works):
     assert line in raised.value.where
     assert raised.value.why
     assert works in raised.value.try_
+
+
+def test_what_torch_differentiates_itself_stops_no_gradient():
+    """Derivatives detach what they keep, and sizes that agree by name are no question."""
+
+    @recurrence
+    def learns(S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+        assert S.shape == (k.shape[0], v.shape[0])
+        S = S - torch.func.grad(lambda W: ((W.T @ k).tanh() - v).square().sum())(S)
+        return S, S.T @ (q / max(q.shape[0], 1))
+
+    assert learns.transition.kind == "nonlinear"
 
 
 def test_refused_step_stays_refused():
@@ -189,7 +310,26 @@ def with_default(S: State[K, V], q: Token[K], scale: Token = 1.0):
     return S, S.T @ q
 
 
+def only_by_name(S: State[K, V], q: Token[K], *, k: Token[K]):
+    return S, S.T @ q
+
+
+def takes_a_calls_name(S: State[K, V], q: Token[K], initial_state: Token[K]):
+    return S, S.T @ q
+
+
+class H(lmoe.Dim):
+    """halves"""
+
+
+def takes_the_heads_name(S: State[H, V], q: Token[H]):
+    return S, S.T @ q
+
+
 SIGNATURES = (
+    (only_by_name, errors.BadSignature, "'k' is not a plain one: it is keyword-only"),
+    (takes_a_calls_name, errors.BadSignature, "an input is called 'initial_state'"),
+    (takes_the_heads_name, errors.BadSignature, "a dim is called H"),
     (no_annotation, errors.UnknownAnnotation, "argument 'q' has no annotation"),
     (number_annotation, errors.UnknownAnnotation, "argument 'q' is annotated Token[3]"),
     (unresolved, errors.UnknownAnnotation, "Nowhere"),
@@ -209,7 +349,28 @@ def test_signature_is_refused(step, error, what):
     assert "@lmoe.recurrence" in raised.value.try_
 
 
-@pytest.mark.parametrize("bounds", [{"h": (0, 1)}, {"q": (1, 0)}])
+class Method:
+    def step(self, S: State[K, V], q: Token[K], k: Token[K], v: Token[V]):
+        S = S + torch.outer(k, v)
+        return S, S.T @ q
+
+    async def later(self, S: State[K, V], q: Token[K]):
+        return S, S.T @ q
+
+    __call__ = step
+
+
+@pytest.mark.parametrize("other", [3, Method, Method(), Method().later, partial(merges_axes)])
+def test_what_is_no_function_is_refused(other):
+    with pytest.raises(errors.BadSignature, match="recurrence\\(\\) got"):
+        recurrence(other)
+    made = recurrence(Method().step)
+    assert made.transition.kind == "identity"
+    with pytest.raises(errors.BadSignature, match="which is a recurrence already"):
+        recurrence(made)
+
+
+@pytest.mark.parametrize("bounds", [{"h": (0, 1)}, {"q": (1, 0)}, {"q": 3}])
 def test_bound_is_refused(bounds):
     with pytest.raises(errors.BadBound) as raised:
         recurrence(bounds=bounds)(merges_axes)

@@ -31,7 +31,7 @@ LAYERS = (
     ("operations", "side_effects", "experts"),
     ("sizes",),
     ("symbols",),
-    ("recorder",),
+    ("recorder", "gradient_stops"),
     ("trace",),
     ("analysis",),
     ("interpreted", "implementation"),

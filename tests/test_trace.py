@@ -261,6 +261,11 @@ OPERATIONS = {
     "lerp": lambda x: torch.lerp(x, 2 * x, 0.3) + torch.addcmul(x, x, x, value=0.1),
     "trigonometry": lambda x: torch.sin(x) * torch.cos(x) + torch.erf(x) + x.sign() + x.abs(),
     "minimum": lambda x: torch.minimum(x, x * x) + torch.maximum(x, -x) + x.square(),
+    "largest": lambda x: x.max() * x - x.min(0).values + x.max(-1, keepdim=True)[0],
+    "either": lambda x: ((x > 1) | (x < 0)) * x + ((x > 0) ^ (x > 1)) * x + (x > 2).bool() * x,
+    "powers_of_two": lambda x: torch.exp2(x) + torch.log2(x * x + 1) + torch.hypot(x, 2 * x),
+    "erfc": lambda x: torch.erfc(x) + torch.logit(x.sigmoid()) + x.logit(0.1),
+    "casts": lambda x: (x > 0).float() * x + (x > 0).to(x.dtype) + (x > 0).long() * x.type_as(x),
     "masked": lambda x: x.masked_fill(x < 0, 0.25) + torch.full_like(x, 2.0),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -21,10 +22,14 @@ from lmoe_compiler import cli
 from lmoe_compiler.errors import (
     ArchitectureMismatch,
     DamagedCheckpoint,
+    InvalidModel,
     InvalidTraining,
     NonFiniteLoss,
 )
-from lmoe_compiler.train import checkpoint, diagnose, run
+from lmoe_compiler.models.config import ModelConfig
+from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
+from lmoe_compiler.models.mixer_table import mixer_spec
+from lmoe_compiler.train import checkpoint, diagnose, generate, run
 from lmoe_compiler.train.config import (
     TrainConfig,
     add_flags,
@@ -45,7 +50,7 @@ from lmoe_compiler.train.display import (
     sparkline,
 )
 from lmoe_compiler.train.loop import learning_rate
-from lmoe_compiler.train.machine import pick_threads
+from lmoe_compiler.train.machine import pick_device, pick_threads
 
 SMALL = (
     "--hidden-size 16 --num-layers 2 --pattern LN --num-heads 2 --num-kv-heads 1 --head-dim 8 "
@@ -128,6 +133,11 @@ def test_configuration_survives_toml_and_checkpoints(tmp_path):
         ({"expert_capacity": -1.0}, "neither 0 nor a positive number"),
         ({"expert_capacity": 1.0, "compiler": "none"}, "without a compiler"),
         ({"minutes": 0}, "nothing to do"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is not a positive number"),
+        ({"seed": -1}, "seed=-1 is negative"),
+        ({"warmup": 100.0}, "a share of the run, not a number of steps"),
+        ({"out": ""}, "out='' is empty"),
+        ({"out": __file__}, "is a file"),
         ({"model": {"layers": 3}}, "no option 'layers'"),
     ],
 )
@@ -225,6 +235,85 @@ def test_resume_continues_with_bitwise_the_same_losses(text, tmp_path):
     assert {name.split(".")[0] for name in first} == {"model", "optimiser"}
     for name, value in first.items():
         assert torch.equal(second[name], value), name
+
+
+OWN = """
+import torch, torch.nn.functional as F
+import lmoe_compiler as lmoe
+from lmoe_compiler import Head, State, Token
+from lmoe_compiler.dims import K, V
+from lmoe_compiler.models.mixer_table import Learned, MixerSpec, Projected
+
+class M(lmoe.Dim): "slots"
+
+@lmoe.recurrence
+def gated(S: State[K, V], q: Token[K], k: Token[K], v: Token[V], g: Token, u: Head[K]):
+    o = q @ (S + torch.outer(u * k, v))
+    S = g.sigmoid() * S + torch.outer(k, v)
+    return S, o
+
+@lmoe.recurrence
+def slots(S: State[M, V], q: Token[M], k: Token[M], v: Token[V]):
+    S = S + torch.outer(k, v)
+    return S, S.T @ q
+
+@lmoe.recurrence
+def keys(h: State[K], x: Token[K]):
+    h = 0.9 * h + x
+    return h, h
+
+made = MixerSpec(gated, {
+    "q": Projected(), "k": Projected((F.silu,), conv=True), "v": Projected(), "g": Projected(bias=3.0),
+    "u": Learned(torch.zeros)})
+"""
+
+
+def test_a_variant_of_your_own_is_trained_resumed_and_generates_from_anywhere(
+    text, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    assert run.main(flags(text, out, "--steps", "2", "--mixer", "mine.py:made")) == 0
+    monkeypatch.chdir(text)
+    out = out.rename(tmp_path / "moved")
+    assert run.main(["--resume", str(out), "--steps", "3"]) == 0
+    assert len(losses(out)) == 3
+    assert generate.main([str(out), "--prompt", "def ", "--tokens", "3"]) == 0
+    assert cli.main(["explain", f"{tmp_path / 'mine.py'}:made"]) == 0
+    assert "read r[V] = q' S" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gated", r'"g": Projected\(\(torch.sigmoid,\)\), "u": Learned'),
+        ("slots", "how long the dim M"),
+        ("keys", r"output of recurrence keys is \[K\], not \[V\]"),
+        ("missing", "no recurrence or MixerSpec 'missing'"),
+        ("M", "it is a type"),
+    ],
+)
+def test_a_variant_of_your_own_that_makes_no_layer_says_what_it_lacks(name, message, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    config = dataclasses.replace(ModelConfig(), mixers={"L": f"{path}:{name}", "N": "attention"})
+    with pytest.raises(InvalidModel, match=message):
+        LinearMoEForCausalLM(config)
+    with pytest.raises(InvalidModel, match="there is no file or module"):
+        mixer_spec(f"{tmp_path / 'nowhere.py'}:{name}")
+
+
+def test_curves_to_compare_are_looked_for_before_the_run(text, tmp_path):
+    with pytest.raises(InvalidTraining, match="not the folder of a run"):
+        run.main(flags(text, tmp_path / "out", "--steps", "1", "--compare", str(text)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(InvalidTraining, match="torch sees no GPU"):
+        pick_device("cuda")
 
 
 def test_resume_refuses_another_architecture(text, tmp_path):

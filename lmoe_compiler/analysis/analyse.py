@@ -41,6 +41,10 @@ from lmoe_compiler.operations import another
 from lmoe_compiler.trace import Traced
 
 PATIENCE = 2
+WORDS = {
+    "mul": "a product of two values", "dot": "a product of two values", "div": "a division by a value",
+    "where": "a condition on a value",
+}  # fmt: skip
 LINEAR = {"add", "sub", "mul", "div", "neg", "dot", "sum", "rename", "index", "cast", "where"}
 
 
@@ -288,7 +292,7 @@ class _Analysis:
         first = self.first_nonlinear(states)
         if first is not None:
             names = " and ".join(sorted(self.values[first].states & set(states)))
-            return f"{first.op} of a value of {names}", first.loc
+            return f"{WORDS.get(first.op, first.op + ' of a value')} of {names}", first.loc
         if refusal is None:
             return f"{' and '.join(states)} use each other", self.next[states[0]].loc
         return refusal.why, self.line_with(states[0], refusal)

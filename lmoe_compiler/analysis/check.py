@@ -30,7 +30,7 @@ def check(traced: Traced, program: Program) -> Program:
     bounds = {b.name: b for b in program.bounds}
     with torch.no_grad(), default_float(torch.float64):
         values = [_draw(v, lengths, bounds.get(v.name), random) for v in variables]
-        expected = [x.double() for x in traced.step(*values)]
+        expected = [x.double() for x in traced.step(*(x.clone() for x in values))]
     count = len(traced.states)
     named = {v.name: Value(x, v.axes) for v, x in zip(variables, values, strict=True)}
     states = {v.name: named.pop(v.name) for v in traced.states}

@@ -88,6 +88,8 @@ class _Ranges:
             return self.known.get(atom.name, EVERYTHING)
         if atom.kind == "size":
             return (1.0, INF)
+        if atom.kind == "const":
+            return (float(atom.name), float(atom.name))
         if atom.kind == "delta":
             return (0.0, 1.0)
         if atom.kind != "fn":

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import permutations, product
+from math import factorial, prod
 
 MOST_MONOMIALS = 64
+MOST_ORDERS = 720
 
 
 class TooLarge(Exception):
-    """A product would grow far past MOST_MONOMIALS; the value is used as it is, unexpanded."""
+    """A product would grow far past MOST_MONOMIALS, or too many of its labels are alike; it is left unexpanded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,31 +161,58 @@ def _least(factor: Factor) -> Factor:
 
 
 def canonical(factors: Iterable[Factor]) -> Monomial:
-    """Sorted, with bound labels numbered so that the text is least."""
+    """Sorted, with bound labels numbered by what they connect, whatever they were called.
+
+    Each group of connected factors is numbered on its own, so equal groups, of which a mean over an axis makes
+    many, need no trying of orders.
+    """
     factors = [_least(f) for f in factors]
-    bound = {x for x in labels_of(factors) if is_bound(x)}
-    if not bound:
+    if not any(is_bound(x) for x in labels_of(factors)):
         return tuple(sorted(factors, key=_factor_key))
-    return min((_numbered(factors, order) for order in _orders(factors, bound)), key=_text)
+    taken: dict[str, int] = {}
+    out: list[Factor] = []
+    for group in sorted(map(_numbered, components(factors)), key=_text):
+        names = {}
+        for x in sorted(x for x in labels_of(group) if is_bound(x)):
+            names[x] = f"{dim(x)}~{taken.setdefault(dim(x), 0)}"
+            taken[dim(x)] += 1
+        out += renamed(group, names)
+    return tuple(sorted(map(_least, out), key=_factor_key))
 
 
-def _orders(factors: list[Factor], bound: set[str]) -> Iterable[list[str]]:
-    """Orders of the bound labels: by where each occurs; only ties are permuted."""
-
-    def places(x: str) -> str:
-        at = [(a.key, i) for a, labels in factors for i, y in enumerate(labels) if y == x]
-        return dim(x) + str(sorted(at))
-
-    groups: dict[str, list[str]] = {}
-    for x in sorted(bound):
-        groups.setdefault(places(x), []).append(x)
-    choices = [list(permutations(groups[p])) for p in sorted(groups)]
-    return [[x for part in choice for x in part] for choice in product(*choices)]
+def _numbered(group: list[Factor]) -> Monomial:
+    """One connected group with its bound labels numbered from 0, so that the text is least."""
+    found = []
+    for order in _orders(group):
+        names = {x: f"{dim(x)}~{i}" for i, x in enumerate(order)}
+        found.append(tuple(sorted(map(_least, renamed(group, names)), key=_factor_key)))
+    return min(found, key=_text)
 
 
-def _numbered(factors: list[Factor], order: list[str]) -> Monomial:
-    names = {x: f"{dim(x)}~{i}" for i, x in enumerate(order)}
-    return tuple(sorted(map(_least, renamed(factors, names)), key=_factor_key))
+def _orders(group: list[Factor]) -> list[list[str]]:
+    """Orders of the bound labels: by where each occurs and beside what; only ties are permuted."""
+    places = {x: 0 for x in sorted(labels_of(group)) if is_bound(x)}
+    known = 0
+    while known < len(places) and known != (known := len(set(places.values()))):
+        texts = {x: f"{dim(x)} {at} {_surroundings(group, x, places)}" for x, at in places.items()}
+        ranks = {text: i for i, text in enumerate(sorted(set(texts.values())))}
+        places = {x: ranks[text] for x, text in texts.items()}
+    ties = [[x for x in places if places[x] == i] for i in sorted(set(places.values()))]
+    if prod(factorial(len(tie)) for tie in ties) > MOST_ORDERS:
+        raise TooLarge
+    return [[x for part in choice for x in part] for choice in product(*map(permutations, ties))]
+
+
+def _surroundings(group: list[Factor], label: str, places: Mapping[str, int]) -> list[str]:
+    """The factors that `label` occurs in, with what is known of the other labels there."""
+
+    def seen(factor: Factor) -> str:
+        a, labels = factor
+        marks = ["*" if x == label else f"~{places[x]}" if x in places else x for x in labels]
+        same = a.symmetries or (tuple(range(len(marks))),)
+        return a.key + str(min([marks[i] for i in order] for order in same))
+
+    return sorted(seen(f) for f in group if label in f[1])
 
 
 def components(

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import linecache
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lmoe_compiler.analysis import interval
-from lmoe_compiler.ir.nodes import Decay, Loc, Next, Program, Step
+from lmoe_compiler.ir.nodes import (
+    Decay,
+    Loc,
+    Next,
+    Node,
+    Program,
+    Read,
+    Step,
+    const,
+    topological,
+)
 from lmoe_compiler.ir.text import print_expression
 
 # What each kind admits; whether a program gets it, its chunk program says (lower/chunk.py).
@@ -53,6 +64,9 @@ class Proved:
         yield f"{self.program.name}: {self.kind}, which admits {self.form}"
         for bound in self.program.bounds:
             yield f"  declared: {bound.name} in [{bound.low:g}, {bound.high:g}]"
+        unused = [var.name for var in self.program.inputs if var.node not in _used(self.program)]
+        if unused:
+            yield f"  not used: {', '.join(unused)}"
         for state, kind in self.states.items():
             yield f"  {state}: {kind}"
             for item in self.program.body:
@@ -60,6 +74,21 @@ class Proved:
                     yield from (f"    {text}" for text in _step(self.program, item))
                 elif isinstance(item, Next) and state in item.states:
                     yield from (f"    {text}" for text in _prevented(item))
+
+
+def _used(program: Program) -> set[Node]:
+    """Every node of the program's expressions."""
+    roots = [program.output]
+    for item in program.body:
+        if isinstance(item, Read):
+            roots += [item.vector] if item.vector is not None else []
+        elif isinstance(item, Next):
+            roots += item.values
+        else:
+            roots += (decay.factor for decay in item.decays)
+            roots += (x for f in item.feedbacks for x in (f.key, f.scale, f.read))
+            roots += (x for write in item.writes for x in (write.key, write.value))
+    return set(topological(roots))
 
 
 def _step(program: Program, step: Step) -> Iterator[str]:
@@ -85,10 +114,12 @@ def _decay(program: Program, decay: Decay) -> str:
             f"{over}: {text} in [{low:g}, {high:g}], not proved positive, so it has no logarithm;"
             " declare bounds=, or write it as sigmoid(...) or exp(...)"
         )
+    if decay.log == const(-math.inf):
+        return f"{over}: 0, so nothing is kept from one token to the next"
     low, high = interval(decay.log, program.bounds, dict(program.static))
     safe = "bounded" if low >= SINGLE_REFERENCE else "unbounded below, so exact local sums"
     grows = "" if high <= 0 else "; may grow: declare a bound <= 0 if it never does"
-    return f"{over}: log {print_expression(decay.log, names)} in [{low:g}, {high:g}], {safe}{grows}"
+    return f"{over}: log decay {print_expression(decay.log, names)} in [{low:g}, {high:g}], {safe}{grows}"
 
 
 def _prevented(item: Next) -> Iterator[str]:

@@ -25,6 +25,12 @@ from lmoe_compiler.lower.program import VALID
 INDENT = "    "
 
 
+def _padding(node: Node) -> float:
+    """What a stored value is in rows past the end: what a mask gives them, or 0."""
+    masked = node.op == "where" and node.args[0].op == "input" and node.args[0].name == VALID
+    return float(str(node.args[2]["value"])) if masked and node.args[2].op == "const" else 0.0
+
+
 def identifier(name: str) -> str:
     """A Python name for an IR name: `d.o` -> `do`, `K'` -> `K_1`."""
     return re.sub(r"\W", "_", name.replace("d.", "d").replace("'", "_1"))
@@ -214,15 +220,17 @@ class Addresses:
             return self.at_span
         return f"i_c // {value.span // self.plan.chunk}"
 
-    def load_text(self, pointers: str, mask: str) -> str:
+    def load_text(self, pointers: str, mask: str, other: float = 0.0) -> str:
         mask = " & ".join(m for m in (mask, self.guard) if m)
-        return f"tl.load({pointers}, mask={mask}, other=0.0)" if mask else f"tl.load({pointers})"
+        return (
+            f"tl.load({pointers}, mask={mask}, other={other})" if mask else f"tl.load({pointers})"
+        )
 
-    def load(self, value: Value) -> Block:
+    def load(self, value: Value, other: float = 0.0) -> Block:
         name = identifier(value.name)
         self.args[name] = value
         pointers, mask, dims = self.place(value, name)
-        return self.assign(name, self.load_text(pointers, mask), dims, "raw")
+        return self.assign(name, self.load_text(pointers, mask, other), dims, "raw")
 
     def input(self, node: Node) -> Block:
         if node.name == VALID:
@@ -256,7 +264,9 @@ class Addresses:
         return self.at[0] if self.kernel.walks else "i_n.to(tl.int64)"
 
     def fetch(self, node: Node) -> Block:
-        return self.load(self.loads[id(node)]) if id(node) in self.loads else self.input(node)
+        if id(node) not in self.loads:
+            return self.input(node)
+        return self.load(self.loads[id(node)], _padding(node))
 
     def is_load(self, node: Node) -> bool:
         return node in self.cut or (node.op == "input" and node.name != VALID)

@@ -53,7 +53,7 @@ class Expressions(Addresses):
                 if node.op == "level_sum" and id(node) not in self.loads:
                     self.level_loop(node)
                 elif id(node) in self.loads:
-                    self.blocks[id(node)] = self.load(self.loads[id(node)])
+                    self.blocks[id(node)] = self.fetch(node)
                 else:
                     self.quote(node)
                     self.blocks[id(node)] = self.statement(node)

@@ -72,8 +72,9 @@ class Walk(Loops):
             terms.append(f"{at} * ({rest})" if rest else at)
         return " + ".join(terms), "", dims
 
-    def load_text(self, pointers: str, mask: str) -> str:
-        return super().load_text(pointers, " & ".join(filter(None, [mask, self.in_time])))
+    def load_text(self, pointers: str, mask: str, other: float = 0.0) -> str:
+        mask = " & ".join(filter(None, [mask, self.in_time]))
+        return super().load_text(pointers, mask, other)
 
     # ---- loads ahead of time
 

@@ -11,7 +11,7 @@ from lmoe_compiler.errors import IRSyntaxError
 from lmoe_compiler.ir.nodes import OPS, REDUCE, Attr, Loc, Node, const, input_, make
 
 TOKEN = re.compile(
-    r"""\s*(?:(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?|\binf\b|\bnan\b)|(?P<name>[A-Za-z_][\w.]*)"""
+    r"""\s*(?:(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?|\binf\b|\bnan\b)|(?P<name>[^\W\d][\w.]*)"""
     r"""|(?P<string>"[^"]*")|(?P<outer>(?<=\s)\(x\)(?=\s))|(?P<sign>->|[-+*/()\[\]{},='])|(?P<bad>\S))"""
 )
 LOC = re.compile(r"\s*#\s*(?P<file>\S.*):(?P<line>\d+)\s*$")

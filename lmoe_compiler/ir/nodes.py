@@ -166,6 +166,9 @@ class Var:
     axes: tuple[str, ...]
     loc: Loc | None = field(default=None, compare=False)
 
+    def __str__(self) -> str:
+        return f"{self.name}[{', '.join(self.axes)}]" if self.axes else self.name
+
     @property
     def node(self) -> Node:
         return input_(self.name, self.axes, self.loc)

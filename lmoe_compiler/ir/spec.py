@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from lmoe_compiler.errors import InvalidProgram
 from lmoe_compiler.ir.nodes import (
     CHUNK_ONLY,
+    ROW,
+    SOURCE,
     Decay,
     Feedback,
     Next,
@@ -17,6 +19,16 @@ from lmoe_compiler.ir.nodes import (
     Write,
     topological,
 )
+
+# Names that a call, or the rows of a chunk, have already.
+RESERVED_NAMES = ("initial_state", "return_state", "cu_seqlens", "state", "inplace")
+RESERVED_DIMS = {
+    "B": "B counts the sequences of a call",
+    "T": "T counts the tokens of a call",
+    "H": "H counts the heads of a call",
+    ROW: f"{ROW} is the token in a chunk",
+    SOURCE: f"{SOURCE} is an earlier token in a chunk",
+}
 
 
 def base(axis: str) -> str:
@@ -36,6 +48,11 @@ def verify(program: Program) -> Program:
     _require(bool(tokens), "there is no token input", program, "the sequence comes in by a token")
     for var in declared:
         distinct = len(set(var.axes)) == len(var.axes)
+        for axis in map(base, var.axes):
+            known = axis not in RESERVED_DIMS
+            _require(known, f"a dim is called {axis}", program, RESERVED_DIMS.get(axis, ""))
+        free = var.kind == "state" or var.name not in RESERVED_NAMES
+        _require(free, f"an input is called {var.name!r}", program, "calls have that of their own")
         _require(distinct, f"{var.name}[{', '.join(var.axes)}] repeats a dim", program)
     for bound in program.bounds:
         known = any(bound.name == var.name for var in program.inputs)

@@ -117,9 +117,9 @@ class _Printer:
         p = self.program
         yield f"recurrence {p.name}"
         for var in p.states:
-            yield self.line("  state " + _declaration(var), var.loc)
+            yield self.line("  state " + str(var), var.loc)
         for kind, group in groupby(p.inputs, key=lambda var: var.kind):
-            yield f"  {kind} " + " ".join(_declaration(var) for var in group)
+            yield f"  {kind} " + " ".join(str(var) for var in group)
         for dim, size in p.static:
             yield f"  static {dim} = {size}"
         for bound in p.bounds:
@@ -176,10 +176,6 @@ class _Printer:
 
     def line(self, text: str, loc: Loc | None) -> str:
         return f"{text:<{LINE_OF_USER}}  # {loc}" if loc and self.lines else text
-
-
-def _declaration(var: Var) -> str:
-    return f"{var.name}[{', '.join(var.axes)}]" if var.axes else var.name
 
 
 def _read(read: Read) -> str:

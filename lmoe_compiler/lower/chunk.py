@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lmoe_compiler.analysis import interval
 from lmoe_compiler.ir.nodes import (
     ROW,
     SOURCE,
@@ -35,6 +36,16 @@ from lmoe_compiler.ir.nodes import (
 from lmoe_compiler.lower import algebra as al
 from lmoe_compiler.lower.program import VALID, ChunkProgram
 
+# Functions with a pole, or that are none for what lies below it.
+SINGULAR = {
+    "div": 0.0,
+    "recip": 0.0,
+    "log": 0.0,
+    "sqrt": 0.0,
+    "rsqrt": 0.0,
+    "pow": 0.0,
+    "log1p": -1.0,
+}
 # What stands for the keys' axis of a state that only decays by a scalar.
 NO_AXIS = ""
 
@@ -157,8 +168,22 @@ class _Builder:
                 if node.op == "input":
                     self.lowered[node] = self.read(self.reads[node.name])
                 else:
-                    self.lowered[node] = al.rebuild(node, [self.lowered[a] for a in node.args])
+                    self.lowered[node] = al.rebuild(node, self.operands(node))
         return self.lowered[root]
+
+    def operands(self, node: Node) -> list[Node]:
+        """Its arguments. What may have no finite value at 0 gets 1 in rows past the end.
+
+        Those rows are read as zeros, and what they give is multiplied by zero, there and in every gradient.
+        """
+        args = [self.lowered[a] for a in node.args]
+        if node.op in SINGULAR:
+            at = 1 if node.op == "div" else 0
+            low, high = interval(node.args[at], (), dict(self.program.static))
+            beyond = high < SINGULAR[node.op] and node.op in ("div", "recip")
+            if ROW in args[at].axes and low <= SINGULAR[node.op] and not beyond:
+                args[at] = al.where(self.valid, args[at], al.ONE)
+        return args
 
     def masked(self, x: Node) -> Node:
         """Rows after the end read as zero (and a value that is the same in every row gets the row axis)."""
@@ -168,8 +193,8 @@ class _Builder:
         return x if ROW in x.axes else self.masked(x)
 
     def read(self, read: Read) -> Node:
-        assert read.vector is not None
         form = self.form(read.state)
+        assert read.vector is not None
         scale, vector = split_scale(self.expression(read.vector), form.axis)
         vector = self.by_row(vector)
         point = self.micro[read.state].points[read.name]

@@ -122,7 +122,7 @@ class Rows:
         """Spans of the sequence, multiples of the chunk but for the last."""
         batch, dims = self.token.shape[0], self.sizes.dims
         width = max(prod(dims[a] for a in var.axes) for var in self.program.inputs)
-        row = batch * self.sizes.heads * width
+        row = max(1, batch * self.sizes.heads * width)
         size = max(1, SEGMENT_ELEMENTS // (row * self.chunk)) * self.chunk
         return [slice(a, min(a + size, self.length)) for a in range(0, self.length, size)]
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from lmoe_compiler.errors import InvalidTraining
 from lmoe_compiler.models.config import ModelConfig
+from lmoe_compiler.models.own_mixers import absolute
 
 DTYPES = ("fp32", "bf16")
 COMPILERS = ("auto", "inductor", "aot_eager", "eager", "none")
@@ -100,6 +101,23 @@ class TrainConfig:
                 why="places are counted out by our backend; models themselves are exact",
                 try_="--compiler aot_eager",
             )
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InvalidTraining(f"{name}={getattr(self, name)} is not a positive number")
+        if self.seed < 0:
+            raise InvalidTraining(f"seed={self.seed} is negative", try_="--seed 0")
+        if not 0 <= self.warmup <= 1:
+            raise InvalidTraining(
+                f"warmup={self.warmup} is not between 0 and 1",
+                why="it is a share of the run, not a number of steps",
+                try_="--warmup 0.02",
+            )
+        if not self.out or Path(self.out).is_file():
+            raise InvalidTraining(
+                f"out={self.out!r} is {'a file' if self.out else 'empty'}",
+                why="a run is a folder of its own",
+                try_="--out runs/mine",
+            )
         if not 0 < self.held_out < 1:
             raise InvalidTraining(
                 f"held_out={self.held_out} is not between 0 and 1", try_="--held-out 0.05"
@@ -127,7 +145,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of TrainConfig and ModelConfig, all without a default."""
     parser.add_argument("--config", metavar="TOML", help="a file of these options")
     parser.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
-    parser.add_argument("--mixer", metavar="NAME", help="the recurrence of the L layers")
+    parser.add_argument(
+        "--mixer",
+        metavar="NAME",
+        help="the recurrence of the L layers: one of the package, or FILE.py:NAME of your own",
+    )
     for title, owner in (("training", TrainConfig), ("model", ModelConfig)):
         group = parser.add_argument_group(title)
         for one in dataclasses.fields(owner):
@@ -203,7 +225,7 @@ def from_flags(base: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
     given = {k: v for k, v in vars(arguments).items() if k in _names(TrainConfig)}
     model = {k: v for k, v in vars(arguments).items() if k in _names(ModelConfig)}
     if arguments.mixer:
-        model["mixers"] = {"L": arguments.mixer}
+        model["mixers"] = {"L": absolute(arguments.mixer)}
     if "layer_pattern" in model and "num_layers" not in model:
         repeats = -(-config.model.num_layers // max(1, len(model["layer_pattern"])))
         model["num_layers"] = repeats * len(model["layer_pattern"]) or config.model.num_layers

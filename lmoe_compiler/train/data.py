@@ -104,8 +104,9 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         else:
             matches = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
         if not matches:
+            what = "no file in this folder" if path.is_dir() else "no such file"
             raise InvalidData(
-                f"--data {pattern}: no such file",
+                f"--data {pattern}: {what}",
                 why="a folder is read with everything below it; a glob may use **",
                 try_='--data notes.txt "books/**/*.txt"',
             )
@@ -239,7 +240,7 @@ def prepare(
         raise InvalidData(
             f"no text in {', '.join(patterns) or 'the Python standard library'}",
             where="--data",
-            why=f"{skipped} files were not UTF-8 text; the others are empty",
+            why=f"files that are not UTF-8 text: {skipped}; the others are empty",
             try_='--data "folder/**/*.txt"',
         )
     tokenizer = load_tokenizer(tokenizer_path)

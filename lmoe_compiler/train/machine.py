@@ -22,11 +22,18 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise InvalidTraining(
             f"device={name!r} does not exist", why="auto, cpu or cuda", try_="--device auto"
         ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidTraining(
+            f"device={name!r}, but torch sees no GPU",
+            why=f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}",
+            try_="--device cpu",
+        )
+    return device
 
 
 def pick_threads(config: TrainConfig, model: LinearMoEForCausalLM) -> int:

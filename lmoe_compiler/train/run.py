@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lmoe_compiler.config import environment
-from lmoe_compiler.errors import ArchitectureMismatch
+from lmoe_compiler.errors import ArchitectureMismatch, InvalidTraining
 from lmoe_compiler.models.generation import stream
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 from lmoe_compiler.train import checkpoint
@@ -78,6 +78,9 @@ def check_same_architecture(saved: TrainConfig, config: TrainConfig, folder: Pat
     """A checkpoint's weights fit one model: every difference is listed."""
     before, now = to_dict(saved)["model"], to_dict(config)["model"]
     before["tokenizer"], now["tokenizer"] = saved.tokenizer, config.tokenizer
+    for model in (before, now):
+        # A file of one's own may have moved.
+        model["mixers"] = {k: v.rpartition(":")[2] for k, v in model["mixers"].items()}
     different = [name for name in before if before[name] != now[name]]
     if different:
         raise ArchitectureMismatch(
@@ -99,6 +102,13 @@ def train(config: TrainConfig, resume: Path | None = None) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     begin = time.monotonic()
+    for other in config.compare:
+        if not (Path(other) / "metrics.jsonl").is_file():
+            raise InvalidTraining(
+                f"--compare {other}: not the folder of a run",
+                why="the curves are drawn from its metrics.jsonl",
+                try_="--compare runs/default",
+            )
     with join(config) as ranks:
         if resume is None:
             # Chosen and made before another rank looks.
