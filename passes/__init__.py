@@ -65,7 +65,7 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     if sequence:
         passes += [
             # Finds the token axis for all of these, so it sees the graph as the user wrote it.
-            SequenceParallel(sequence, dim, options.schedule),
+            SequenceParallel(sequence, dim, options.schedule, options.even_tokens),
             Halo(sequence, dim),
             SoftmaxParallel(sequence, dim, even=options.even_tokens),
         ]

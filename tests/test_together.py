@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_processes
+from small_model import SMALL
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -22,27 +23,9 @@ from torch.distributed.tensor import DTensor
 
 import lmoe_compiler as lmoe
 from lmoe_compiler.cuts import cuts_of
-from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 
-CONFIG = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    num_layers=2,
-    layer_pattern="LN",
-    mixers={"L": "kda", "N": "attention"},
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=4,
-    linear_heads=4,
-    key_dim=4,
-    value_dim=4,
-    num_experts=4,
-    top_k=2,
-    expert_size=8,
-    shared_expert_size=8,
-    init_std=0.2,
-)
+CONFIG = replace(SMALL, mixers={"L": "kda", "N": "attention"}, num_kv_heads=1)
 ROWS, LENGTH, STEPS = 4, 12, 3
 
 

@@ -146,7 +146,11 @@ def _spread(gm: fx.GraphModule, setting: Setting, tokens: Axis, experts: Axis | 
     passes: list[GraphPass] = [
         Canonicalize(),
         SequenceParallel(
-            tokens, schedule=setting.schedule, topology=setting.topology, span=setting.span
+            tokens,
+            schedule=setting.schedule,
+            even=True,
+            topology=setting.topology,
+            span=setting.span,
         ),
         Halo(tokens),
         SoftmaxParallel(tokens, even=True),
