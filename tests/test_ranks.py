@@ -48,7 +48,7 @@ def train(rank: int, size: int, experts: bool, packed: bool, inner: str = "aot_e
         expert_parallel="sp" if experts else None,
         inner=inner,
     )
-    steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, model)]
+    steps = [torch.optim.SGD(m.parameters(), lr=0.02) for m in (whole, model)]
     for lengths in LENGTHS[size]:
         mine = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
         ids, labels = torch.randint(0, 32, (2, 1, LENGTH))
