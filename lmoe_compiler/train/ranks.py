@@ -11,8 +11,9 @@ loss. So gradients are summed, never averaged: over all ranks, and those of expe
 ones. Everything that a person sees is written by the first rank.
 
 A rank that dies breaks the next collective of the others, which end with CollectiveFailed; torchrun ends what is left
-after its 30 s. A rank that hangs is waited for `--timeout` seconds. (On GPUs neither raises: runtime/failures.py.) `lmoe train --resume` goes on from the last
-checkpoint, on any grid: it is that of the flags, not the one that saved.
+after its 30 s. A rank that hangs is waited for `--timeout` seconds (what is different on
+GPUs: runtime/failures.py). `lmoe train --resume` goes on from the last checkpoint, on any grid: it is that of the
+flags, not the one that saved.
 """
 
 from __future__ import annotations
