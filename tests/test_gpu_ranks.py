@@ -7,6 +7,7 @@ processes inherit it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from test_ranks import KINDS, recurrence, train
 from test_together import Layout, all_layouts
 from test_train import flags, losses, text  # noqa: F401
 from test_train_ranks import torchrun
+from torch import Tensor
 
 import lmoe_compiler as lmoe
 from lmoe_compiler import passes
 from lmoe_compiler.models.linear_moe import Block
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
-from lmoe_compiler.train import run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,22 +84,32 @@ def test_wrappers_and_axes() -> None:
     on_gpus(2, all_layouts, LAYOUTS)
 
 
-def captured(rank: int, size: int) -> None:
-    """A block with experts of a static capacity in a CUDA graph, replayed on other numbers."""
+def block_on_ranks(size: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A compiled block whose experts, on the ranks of the sequence, have a static capacity: its result and the drops."""
     torch.manual_seed(0)
     block = Block(SMALL, "L").to(device())
     mesh = mesh_of(sp=size)
     lmoe.parallelize(block, mesh, expert_parallel="sp")
-    compiled = lmoe.compile(
-        lambda x: block(x)[0],
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, routing = block(x)
+        return y, routing.dropped
+
+    return lmoe.compile(
+        run,
         mesh=mesh,
         sequence_parallel="sp",
         expert_parallel="sp",
-        expert_capacity=2.0,
+        expert_capacity=0.75,
         even_tokens=True,
         inner="aot_eager",
     )
-    x = torch.randn(1, 16, SMALL.hidden_size, device=device())
+
+
+def captured(rank: int, size: int) -> None:
+    """The block in a CUDA graph, replayed on other numbers."""
+    compiled = block_on_ranks(size)
+    x = torch.randn(1, 16, SMALL.hidden_size).to(device())
     with torch.no_grad():
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -109,11 +120,13 @@ def captured(rank: int, size: int) -> None:
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks events of its own thread meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            y = compiled(x)
+            y, dropped = compiled(x)
         for _ in range(2):
             x.copy_(torch.randn_like(x))
             graph.replay()
-            close(y, compiled(x), "block")
+            expected, counted = compiled(x)
+            close(y, expected, "block")
+            assert torch.equal(dropped, counted)
     torch.cuda.synchronize()
     dist.barrier()
     del graph  # before its communicators
@@ -127,12 +140,10 @@ def test_a_block_with_a_static_capacity_in_a_cuda_graph() -> None:
 def test_training_has_the_curve_of_one_gpu(text, tmp_path: Path, flag: tuple[str, ...]) -> None:  # noqa: F811
     same = ("--batch-size", "2", "--steps", "4", "--evaluations", "2", "--compiler", "aot_eager")
     alone, many = tmp_path / "alone", tmp_path / "many"
-    run.main(flags(text, alone, *same, *flag))
-    layout = ("--sp", "2", "--ep", "2")
-    done = torchrun(
-        2, "-m", "lmoe_compiler.cli", "train", *flags(text, many, *same, *layout, *flag)
-    )
-    assert not done.returncode, done.stderr
+    for size, out, layout in ((1, alone, ()), (2, many, ("--sp", "2", "--ep", "2"))):
+        argv = flags(text, out, *same, *layout, *flag, "--device", "cuda")
+        done = torchrun(size, "-m", "lmoe_compiler.cli", "train", *argv)
+        assert not done.returncode, done.stderr
     assert losses(many) == pytest.approx(losses(alone), rel=1e-4)
     assert json.loads((many / "result.json").read_text())["bits_per_byte"] == pytest.approx(
         json.loads((alone / "result.json").read_text())["bits_per_byte"], rel=1e-4
