@@ -24,9 +24,7 @@ from test_train_ranks import torchrun
 from torch import Tensor
 
 import lmoe_compiler as lmoe
-from lmoe_compiler import passes
 from lmoe_compiler.models.linear_moe import Block
-from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,26 +56,23 @@ def test_recurrences(inner: str) -> None:
     on_gpus(2, recurrences, inner)
 
 
-def hybrid(rank: int, size: int, way: str, inner: str, options: dict[str, object]) -> None:
-    """Softmax by `way`: on two ranks the planner has no reason to send heads."""
-    passes.SoftmaxParallel = partial(SoftmaxParallel, way=way)  # type: ignore[misc,assignment]
-    kv_heads = 1 if way == "keys" else 4
+def hybrid(rank: int, size: int, kv_heads: int, inner: str, options: dict[str, object]) -> None:
     train(rank, size, True, True, inner, kv_heads=kv_heads, **options)
 
 
 @pytest.mark.parametrize(
-    ("way", "inner", "options"),
+    ("kv_heads", "inner", "options"),
     [
-        ("keys", "inductor", {"schedule": "transpose"}),
-        ("heads", "aot_eager", {"schedule": "all_gather"}),
-        ("keys", "inductor", {"expert_capacity": 2.0, "even_tokens": True}),
+        (1, "inductor", {"schedule": "transpose"}),  # keys are gathered, and again for the backward
+        (4, "aot_eager", {"schedule": "all_gather"}),  # heads travel
+        (1, "inductor", {"expert_capacity": 2.0, "even_tokens": True}),
     ],
 )
 def test_a_packed_hybrid_with_experts_on_the_ranks_of_the_sequence(
-    way: str, inner: str, options: dict[str, object]
+    kv_heads: int, inner: str, options: dict[str, object]
 ) -> None:
     """Three optimiser steps; without a capacity one rank has one token, later none."""
-    on_gpus(2, hybrid, way, inner, options)
+    on_gpus(2, hybrid, kv_heads, inner, options)
 
 
 def test_wrappers_and_axes() -> None:
@@ -85,7 +80,7 @@ def test_wrappers_and_axes() -> None:
 
 
 def block_on_ranks(size: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A compiled block whose experts, on the ranks of the sequence, have a static capacity: its result and the drops."""
+    """A compiled block, its experts with a static capacity on the ranks of the sequence: its result and the drops."""
     torch.manual_seed(0)
     block = Block(SMALL, "L").to(device())
     mesh = mesh_of(sp=size)

@@ -296,7 +296,7 @@ def joint() -> tuple[fx.GraphModule, Adjoints]:
             return Adjoints.__call__(self, gm)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "Adjoints", Keep)
+        patch.setattr("lmoe_compiler.passes.Adjoints", Keep)
         capture.compile_ranks(Setting(CONFIG, RANKS, 8, TOPOLOGIES["h100"], "transpose"))
     return kept[0]
 
