@@ -16,6 +16,7 @@ from torch import nn
 import lmoe_compiler as lmoe
 from lmoe_compiler.models import RECURRENCES
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
+from lmoe_compiler.models.short_convolution import short_conv
 
 LENGTH = 24
 # Tokens of each rank, step by step: one graph for all of them, one token or none among them, and first of all.
@@ -164,8 +165,25 @@ def recurrence(rank: int, size: int, name: str, uneven: bool, **options: Any) ->
         close(x, grad.split(lengths, 1)[rank], f"{name}, gradient {i}")
 
 
+def too_few(rank: int, size: int, inner: str) -> None:
+    """A rank between others with fewer tokens than the next one looks back at, in the second call: an error on each."""
+    weight = torch.ones(4, 4)
+    layer = lmoe.compile(
+        lambda x: short_conv(x * 2, weight),
+        mesh=mesh_of(sp=size),
+        sequence_parallel="sp",
+        inner=inner,
+    )
+    layer(torch.randn(1, [0, 3, 3, 1][rank], 4))
+    with pytest.raises(RuntimeError, match=r"looks 3 tokens back.*Give each rank at least 3"):
+        layer(torch.randn(1, [4, 2, 6, 4][rank], 4))
+    dist.barrier()
+
+
 def four(rank: int, size: int) -> None:
     """Everything on four ranks, in one set of processes."""
+    for inner in ("eager", "aot_eager"):
+        too_few(rank, size, inner)
     for name in KINDS:
         for uneven in (False, True):
             recurrence(rank, size, name, uneven)

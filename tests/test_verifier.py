@@ -169,6 +169,9 @@ LAYERS = "layers.0.mixer", "layers.1.mixer"
 BROKEN = {
     "entry state": Broken(argument(torch.ops.lmoe.scan, 2, []), LAYERS[0], "starts from zero"),
     "halo": Broken(argument(torch.ops.lmoe.short_conv, 3, None), LAYERS[0], "lacks the last tokens"),
+    "fewer tokens than the halo": Broken(
+        argument(sequence.check_history, 1, 1), LAYERS[0], "may look further back"
+    ),
     "keys": Broken(skip(attention.gather_keys_values), LAYERS[1], "lacks keys and values"),
     "place of queries": Broken(
         argument(torch.ops.lmoe.attention, 4, None), LAYERS[1], "lacks the place of its queries"
