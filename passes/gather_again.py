@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.splice import layer_of
+from lmoe_compiler.passes.token_axis import operator
 from lmoe_compiler.passes.traffic import collectives, depends_on
 
 
@@ -49,14 +49,18 @@ class GatherAgain:
 
 def _between(gathers: set[fx.Node], forward: list[fx.Node]) -> set[fx.Node]:
     """What leads from a gather to keys or values of an attention, with the gather."""
-    attention = torch.ops.lmoe.document_attention.default
     reached, needed = set(gathers), set[fx.Node]()
     for node in forward:
-        if node.target is not attention and any(x in reached for x in node.all_input_nodes):
+        if not _attends(node) and any(x in reached for x in node.all_input_nodes):
             reached.add(node)
     for node in reversed(forward):
-        if node.target is attention:
+        if _attends(node):
             needed.update(x for x in node.args[1:3] if isinstance(x, fx.Node))
         elif node in needed:
             needed.update(node.all_input_nodes)
     return reached & needed
+
+
+def _attends(node: fx.Node) -> bool:
+    # By name: the op is a model's, which need not be there.
+    return operator(node) == "document_attention"
