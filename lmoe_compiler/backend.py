@@ -23,7 +23,8 @@ from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.cuts import cuts_of
 from lmoe_compiler.debug import show
 from lmoe_compiler.errors import LmoeError, RanksDisagree
-from lmoe_compiler.parallel import check_cuts, follow_tokens
+from lmoe_compiler.few_tokens import follow_tokens, real_tokens
+from lmoe_compiler.parallel import check_cuts
 from lmoe_compiler.passes import after_aot, after_autograd, pipeline
 from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.base import GraphRecord, PassPipeline, Record, readable
@@ -64,7 +65,8 @@ def lmoe_backend(
             give_up(error, axis)
         raise
     inner = INNER_COMPILERS[chosen.inner]
-    return inner(gm, example_inputs, chosen, graph)
+    compiled: Callable[..., Any] = inner(gm, example_inputs, chosen, graph)
+    return real_tokens(compiled, gm, chosen.sequence_dim) if axes.agreeing else compiled
 
 
 def _programs(gm: fx.GraphModule) -> tuple[tuple[str, str], ...]:

@@ -21,10 +21,9 @@ Next: cuts.py, what a rank keeps of a parameter.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lmoe_compiler.config import CompileOptions
@@ -103,23 +102,3 @@ def check_cuts(options: CompileOptions) -> None:
                     why="it puts the sums over the ranks of that axis into the graph",
                     try_="lmoe.compile(model, mesh=mesh, ...) with the axes that lmoe.parallelize was given",
                 )
-
-
-def follow_tokens(compiled: Any, sequence_dim: int) -> Any:
-    """Let the token axis of the inputs be a symbol, so that passes can tell it from other axes."""
-
-    def mark(args: Any, kwargs: dict[str, Any]) -> None:
-        for x in (*args, *kwargs.values()):
-            if isinstance(x, Tensor) and x.dim() > sequence_dim:
-                torch._dynamo.maybe_mark_dynamic(x, sequence_dim)
-
-    if isinstance(compiled, nn.Module):
-        hook = lambda _, args, kwargs: mark(args, kwargs)  # noqa: E731
-        compiled.register_forward_pre_hook(hook, with_kwargs=True)
-        return compiled
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        mark(args, kwargs)
-        return compiled(*args, **kwargs)
-
-    return call

@@ -8,6 +8,7 @@ from lmoe_compiler.passes.canonicalize import Canonicalize
 from lmoe_compiler.passes.dropped import CountDropped
 from lmoe_compiler.passes.expert_parallel import ExpertParallel
 from lmoe_compiler.passes.experts import LowerExperts
+from lmoe_compiler.passes.gather_again import GatherAgain
 from lmoe_compiler.passes.gradients import SumGradients
 from lmoe_compiler.passes.halo import Halo
 from lmoe_compiler.passes.label import Label
@@ -18,8 +19,11 @@ from lmoe_compiler.passes.sequence_parallel import SequenceParallel
 from lmoe_compiler.passes.softmax_parallel import SoftmaxParallel
 from lmoe_compiler.passes.tensor_parallel import TensorParallel
 from lmoe_compiler.passes.verifier import Verifier
+from lmoe_compiler.runtime.mesh import Axis
 
-__all__ = ["GraphPass", "PassPipeline", "Record", "after_aot", "after_autograd", "pipeline"]
+__all__ = [
+    "GraphPass", "PassPipeline", "Record", "after_aot", "after_autograd", "joint_passes", "pipeline",
+]  # fmt: skip
 
 
 def pipeline(options: CompileOptions) -> PassPipeline:
@@ -47,10 +51,16 @@ def after_aot(options: CompileOptions) -> tuple[GraphPass, ...]:
 
 
 def _joint(options: CompileOptions) -> tuple[GraphPass, ...]:
-    if not options.token_axes:
-        return ()
-    sequence = Axes.of(options).sequence
-    return (Adjoints(frozenset({sequence.groups["state"]} if sequence else ())),)
+    return joint_passes(Axes.of(options).sequence) if options.token_axes else ()
+
+
+def joint_passes(sequence: Axis | None) -> tuple[GraphPass, ...]:
+    """Those of a graph with its backward; `sequence`: the axis over which one is cut."""
+    if sequence is None:
+        return (Adjoints(),)
+    groups = sequence.groups
+    # Adjoints pair what autograd made; what comes twice after that is the forward's again.
+    return (Adjoints(frozenset({groups["state"]})), GatherAgain(groups["tokens"]))
 
 
 def _late(options: CompileOptions) -> tuple[GraphPass, ...]:
@@ -65,7 +75,7 @@ def _spread(options: CompileOptions) -> tuple[GraphPass, ...]:
     if sequence:
         passes += [
             # Finds the token axis for all of these, so it sees the graph as the user wrote it.
-            SequenceParallel(sequence, dim, options.schedule),
+            SequenceParallel(sequence, dim, options.schedule, options.even_tokens),
             Halo(sequence, dim),
             SoftmaxParallel(sequence, dim, even=options.even_tokens),
         ]

@@ -6,7 +6,8 @@ and no more.
 
 Forward sends W - 1 rows to the next rank, backward sends their gradient back. `cu_seqlens - offset`
 may be negative: a document that began on an earlier rank sees its own tokens in the halo, and no
-other does.
+other does. A rank between others has to hold W - 1 tokens, and where it does not, every rank stops with an error: those
+that only a rank further away has would need a gather over all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lmoe_compiler.errors import NotShardable
 from lmoe_compiler.passes import token_axis
 from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.shard import Shard
-from lmoe_compiler.passes.splice import Editor, known_size, layer_of, where
+from lmoe_compiler.passes.splice import Editor, layer_of, where
 from lmoe_compiler.passes.token_axis import axes_with
 from lmoe_compiler.runtime import sequence
 from lmoe_compiler.runtime.mesh import Axis
@@ -61,7 +62,7 @@ def _shift(shard: Shard, node: fx.Node, count: int) -> None:
 
 
 def _received(shard: Shard, edit: Editor, x: fx.Node, count: int) -> fx.Node:
-    """The last tokens of the rank before; refused where a rank holds fewer."""
+    """The last tokens of the rank before."""
     axis, value = shard.axis, x.meta["example_value"]
     if 1 not in axes_with(value, shard.tokens.symbol):
         raise NotShardable(
@@ -70,14 +71,7 @@ def _received(shard: Shard, edit: Editor, x: fx.Node, count: int) -> fx.Node:
             why="halos are rows of [B, T, ...]",
             try_="the token axis second",
         )
-    length = known_size(value.shape[1])
-    if length < count:
-        raise NotShardable(
-            f"{layer_of(edit.anchor)} looks {count} tokens back, and this rank holds {length}",
-            where=where(edit.anchor),
-            why="what it looks at comes from the rank before alone, which has to hold that many",
-            try_=f"at least {count} tokens on every rank, or fewer ranks",
-        )
+    shard.history(count, layer_of(edit.anchor))
     return edit.call(
         sequence.halo, x, count, shard.rank(), axis.index, axis.size, axis.groups["tokens"]
     )

@@ -130,8 +130,10 @@ def _reduction(shard: Shard, node: fx.Node) -> None:
     if name == "sum":
         _replace(node, edit.call(sequence.sum_over_tokens, x, dims, keepdim, group))
         return
-    totals, local = shard.totals()
-    _replace(node, edit.call(sequence.mean_over_tokens, x, dims, keepdim, totals, local, group))
+    totals, here = shard.totals()
+    # Constant, and known where this rank has no token.
+    each = int(sequence.number(value, dims) // here)
+    _replace(node, edit.call(sequence.mean_over_tokens, x, dims, keepdim, totals, each, group))
 
 
 def _takes_all_rows(shard: Shard, node: fx.Node, value: Tensor, dims: list[int]) -> None:

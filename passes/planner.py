@@ -1,6 +1,8 @@
 """Which schedule a layer's state exchange takes, and why: the costs of all of them at this layer's sizes.
 
-The time that counts is what is exposed: an exchange is free as far as other work runs meanwhile (cost.py).
+The time that counts is what is exposed: an exchange is free as far as other work runs meanwhile (cost.py). How much
+that is depends on a rank's tokens, and all ranks have to choose alike: where they may hold different numbers, the
+fastest is taken, of which no more is exposed than of any other.
 """
 
 from __future__ import annotations
@@ -55,11 +57,13 @@ def choose(
     heads: int = 1,
     span: int | None = None,
     hidden: float = 0.0,
+    even: bool = True,
 ) -> Choice:
     """The schedule with the least exposed time, then the fewest bytes.
 
     asked: "auto" or a schedule. state, map_: bytes of one rank's states and of their maps, of `heads` heads. span: over
-    how many ranks a document spans at most (None: all). hidden: seconds of work that can run meanwhile.
+    how many ranks a document spans at most (None: all). hidden: seconds of work that can run meanwhile. even:
+    whether all ranks hold as many tokens.
     """
     reach = ranks if span is None else min(span, ranks)
     costs = {
@@ -69,7 +73,7 @@ def choose(
 
     def merit(name: str) -> tuple[float, float]:
         volume, seconds = costs[name]
-        return max(0.0, seconds - hidden), volume
+        return max(0.0, seconds - hidden) if even else seconds, volume
 
     executed = [x.name for x in SCHEDULES if x.runs]
     planned = min(costs, key=merit) if asked == "auto" else asked

@@ -38,12 +38,14 @@ from lmoe_compiler.runtime.topology import Topology
 class SequenceParallel:
     """Gives every `lmoe::scan` its entry state.
 
-    `schedule`: one of topology.SCHEDULES, or "auto". `span`: over how many ranks a document spans at most.
+    `schedule`: one of topology.SCHEDULES, or "auto". `span`: over how many ranks a document spans at most. `even`:
+    whether all ranks hold as many tokens.
     """
 
     axis: Axis
     sequence_dim: int = 1
     schedule: str = "auto"
+    even: bool = False
     topology: Topology | None = None
     span: int | None = None
     name: str = "sequence_parallel"
@@ -109,6 +111,7 @@ class SequenceParallel:
             heads=values[-1].shape[1],
             span=self.span,
             hidden=work_beside(gm, node) / topology.flops,
+            even=self.even,
         )
 
 

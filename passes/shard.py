@@ -75,12 +75,12 @@ class Shard:
         """[P] int64: tokens of one row, on every rank of the axis."""
         return self._once("counts", lambda head: self._gather(head, self.axis, [self.tokens.dim]))
 
-    def totals(self) -> tuple[fx.Node, fx.Node]:
+    def totals(self) -> tuple[fx.Node, int]:
         """Tokens that numbers are about: [P] int64 of everyone, and how many are here. All rows of
         the batch where ranks differ in them, else one row.
         """
         dims = list(range(self.tokens.dim + 1)) if self.rows_differ else [self.tokens.dim]
-        here = self._once("here", lambda head: head.call(sequence.number, self.tokens.source, dims))
+        here = sequence.number(self._source, dims)
         if not self.rows_differ:
             return self.counts(), here
         every = self._once("totals", lambda head: self._gather(head, self.everyone, dims))
@@ -101,6 +101,13 @@ class Shard:
         """`counts`, after a check that they are all the same."""
         counts = self.counts()
         return self._once("even", lambda head: head.call(attention.check_even, counts))
+
+    def history(self, count: int, layer: str) -> fx.Node:
+        """`counts`, after a check that the `count` tokens before a rank's first are on the rank before."""
+        counts = self.counts()
+        return self._once(
+            f"history {count}", lambda head: head.call(sequence.check_history, counts, count, layer)
+        )
 
     def most_and_total(self) -> list[fx.Node]:
         """The most tokens that a rank holds, and those of all ranks: numbers on the host."""

@@ -1,13 +1,14 @@
 """Softmax attention on a sharded sequence, in one of two ways.
 
-    keys     attention(q, k, v)  ->  attention(q, gather(k), gather(v), offset)        2 G E (P-1) numbers a token
-    heads    attention(q, k, v)  ->  back(attention(heads(q), heads(k), heads(v)))     (2 H + 2 G) E (P-1)/P
+    keys     attention(q, k, v)  ->  attention(q, gather(k), gather(v), offset)      3 * 2 G E (P-1) numbers a token
+    heads    attention(q, k, v)  ->  back(attention(heads(q), heads(k), heads(v)))   2 * (2 H + 2 G) E (P-1)/P
 
-`keys`: every rank's queries meet everybody's keys, which travel as one tensor and are few under grouped heads; the
-backward is a reduce-scatter. `heads`: two kinds of all-to-all, whole sequences of H/P heads; where P divides G. Ranks
-may hold any numbers of tokens, which their hosts tell each other once a graph; `even`: all promise to hold as many,
-which saves that and a copy of the keys, and stops with an error where it is not kept (runtime/attention.py). Notation:
-H query heads, G key-value heads, E head size, P ranks.
+(numbers that a rank receives in a training step). `keys`: every rank's queries meet everybody's keys, which travel as
+one tensor and are few under grouped heads; the backward gathers them again (gather_again.py) and has a reduce-scatter.
+`heads`: two kinds of all-to-all, whole sequences of H/P heads; where P divides G. Ranks may hold any numbers of tokens,
+which their hosts tell each other once a graph; `even`: all promise to hold as many, which saves that and a copy of the
+keys, and stops with an error where it is not kept (runtime/attention.py). Notation: H query heads, G key-value heads, E
+head size, P ranks.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class SoftmaxParallel:
             )
         q, k, v = (x.meta["example_value"].shape for x in node.args[:3])  # type: ignore[union-attr]
         ranks = self.axis.size
-        keys = k[2] * (k[3] + v[3]) * (ranks - 1)
-        heads = (q[2] * (q[3] + v[3]) + k[2] * (k[3] + v[3])) * (ranks - 1) / ranks
+        keys = 3 * k[2] * (k[3] + v[3]) * (ranks - 1)
+        heads = 2 * (q[2] * (q[3] + v[3]) + k[2] * (k[3] + v[3])) * (ranks - 1) / ranks
         numbers = f"{keys} numbers a token with keys, {heads:.0f} with heads"
         possible = k[2] % ranks == 0
         if self.way == "heads" and not possible:

@@ -158,7 +158,7 @@ def _find_sequence(gm: fx.GraphModule, dim: int) -> Tokens:
         if static
         else "",
         why="passes tell the token axis from others by its symbol",
-        try_=f"lmoe.compile(model, ..., sequence_dim={dim}), and more than one token on each rank",
+        try_=f"lmoe.compile(model, ..., sequence_dim={dim})",
     )
 
 

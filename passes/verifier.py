@@ -168,6 +168,8 @@ def verify(gm: fx.GraphModule) -> None:
             _attention(node)
         elif node.target is sequence.shift:
             _needs(node, 1, sequence.halo, "the last tokens of the rank before")
+        elif node.target is sequence.halo:
+            _long_enough(node)
 
 
 def verify_router(node: fx.Node) -> None:
@@ -253,6 +255,12 @@ def _recurrence(node: fx.Node) -> None:
         _refuse(node, "passes states over document boundaries", "its maps are not reset")
     if not all(_comes_from(e, sequence.last_document, depth=5) for e in ends):
         _refuse(node, "passes states over document boundaries", "its span map has no documents")
+
+
+def _long_enough(node: fx.Node) -> None:
+    checks = (n for n in node.graph.nodes if n.target is sequence.check_history)
+    if all(check.args[1] != node.args[1] for check in checks):
+        _refuse(node, "may look further back than the rank before", "no rank's tokens are counted")
 
 
 def _attention(node: fx.Node) -> None:

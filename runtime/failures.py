@@ -51,8 +51,9 @@ def group_of(name: str) -> str:
 def explained() -> Iterator[None]:
     """Raise CollectiveFailed, which names operation and layer, in the place of what a back end says.
 
-    Gloo raises when its time-out is over or a rank is gone. NCCL's watchdog ends the process by itself, unless
-    TORCH_NCCL_BLOCKING_WAIT=1.
+    Gloo raises when its time-out is over or a rank is gone. NCCL waits on the device: a dead rank's peers are ended by
+    torchrun; a late one's by NCCL's watchdog, which ends the process and names the group, as mesh.py described it (axis
+    and kind of traffic). With TORCH_NCCL_BLOCKING_WAIT=1 it raises here too, and every wait is one of the host.
     """
     try:
         yield

@@ -83,23 +83,45 @@ def place(entry: Tensor, cu_seqlens: Tensor, offset: Tensor) -> Tensor:
     return torch.where(open_, entry, torch.zeros_like(entry))
 
 
+def check_history(counts: Tensor, count: int, layer: str) -> Tensor:
+    """counts [P], after a check that the `count` tokens before each rank's first are on the rank before, or before the
+    sequence: that no rank between others holds fewer. No value is read on the host.
+    """
+    upto = counts.cumsum(0)
+    short = (counts < count) & (upto > counts) & (upto < counts.sum())
+    torch._assert_async(
+        ~short.any(),
+        f"{layer} looks {count} tokens back, and a rank between others holds fewer: what it looks at comes from the "
+        f"rank before alone. Give each rank at least {count} tokens (the first and the last may have fewer), or use "
+        "fewer ranks",
+    )
+    return counts.view_as(counts)
+
+
+def tail(x: Tensor, count: int) -> Tensor:
+    """The last `count` tokens of x [B, T, ...], [B, count, ...]: zeros before them where T is less, in one graph for
+    any T.
+    """
+    padded = F.pad(x, (*[0, 0] * (x.dim() - 2), count, 0))
+    return padded.narrow(1, x.shape[1], count)
+
+
 def halo(x: Tensor, count: int, rank: Tensor, index: int, size: int, group: str) -> Tensor:
     """The last `count` tokens of the rank before, [B, count, ...] of x [B, T, ...]; zeros on the
     first rank.
 
     Ranks form a ring, so that shapes agree; what the first receives is masked by data.
     """
-    tail = x.narrow(1, x.shape[1] - count, count).unsqueeze(0)
+    sent = tail(x, count).unsqueeze(0)
     to, from_ = [0] * size, [0] * size
     to[(index + 1) % size] = from_[(index - 1) % size] = 1
-    received = collectives.wait(collectives.start_all_to_all(tail, from_, to, group)).squeeze(0)
+    received = collectives.wait(collectives.start_all_to_all(sent, from_, to, group)).squeeze(0)
     return torch.where(rank > 0, received, torch.zeros_like(received))
 
 
 def shift(x: Tensor, received: Tensor) -> Tensor:
     """Every token gets the one n before it: x [B, T, ...], received [B, n, ...] -> [B, T, ...]."""
-    kept = x.narrow(1, 0, x.shape[1] - received.shape[1])
-    return torch.cat([received, kept], dim=1)
+    return torch.cat([received, x], dim=1).narrow(1, 0, x.shape[1])
 
 
 def sum_over_tokens(x: Tensor, dims: list[int], keepdim: bool, group: str) -> Tensor:
@@ -108,15 +130,10 @@ def sum_over_tokens(x: Tensor, dims: list[int], keepdim: bool, group: str) -> Te
 
 
 def mean_over_tokens(
-    x: Tensor, dims: list[int], keepdim: bool, counts: Tensor, length: int, group: str
+    x: Tensor, dims: list[int], keepdim: bool, counts: Tensor, each: int, group: str
 ) -> Tensor:
-    """Mean over `dims` of all ranks' tokens. One number in x's reduced part stands for one of
-    `length` tokens.
-    """
-    reduced = 1
-    for dim in dims:
-        reduced = reduced * x.shape[dim]
-    total = counts.sum().to(x.dtype) * (reduced // length)
+    """Mean over `dims` of all ranks' tokens, `each` numbers of x for one of them."""
+    total = counts.sum().to(x.dtype) * each
     return collectives.global_sum(x.sum(dim=dims, keepdim=keepdim) / total, group)
 
 

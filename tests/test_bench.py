@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lmoe_compiler import cli
-from lmoe_compiler.bench import autotuner, gates, kernels, library, processes, table, tune
+from lmoe_compiler.bench import (
+    autotuner,
+    gates,
+    kernels,
+    library,
+    processes,
+    schedules,
+    table,
+    tune,
+)
 from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.bench.processes import Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import GATE_SHAPES, STEP_SHAPES, WORKLOADS, make_inputs
@@ -262,3 +276,30 @@ def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
     assert len(choices) == len(set(choices)) >= (4 if request.is_step else 6)
     assert choices[0] == request.rule()
     assert len({request.plan(choice) for choice in choices}) == len(choices)
+
+
+# -- state exchanges on several processes --------------------------------------------------------
+
+
+def measured_schedules(folder: Path, *more: str) -> dict[str, Any]:
+    """What two processes that torchrun started have saved."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ("--ops", "gla", "--steps", "1", "--out", str(folder), *more)
+    subprocess.run(
+        [*command, "-m", "lmoe_compiler.cli", "bench", "schedules", *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads((folder / "schedules.json").read_text())
+    assert [row["side"] for row in found["rows"]] == list(schedules.SIDES)
+    assert all(row["milliseconds"] > 0 and row["received"] > 0 for row in found["rows"])
+    return found
+
+
+@pytest.mark.slow
+def test_schedules_are_measured_side_by_side(tmp_path):
+    found = measured_schedules(tmp_path, "--device", "cpu", "--shape", "1", "32", "2", "8")
+    assert found["backend"] == "gloo"
+    assert all(row["error"] < 1e-5 for row in found["rows"])
+    # Two ranks, so as many bytes of states; the gathered gradients bring the maps again.
+    received = {row["side"]: row["received"] for row in found["rows"]}
+    assert received["transpose"] <= received["all_gather"] < received["inputs, eager"]

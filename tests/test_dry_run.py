@@ -27,12 +27,14 @@ from lmoe_compiler.dry_run.capture import Compiled, compile_ranks
 from lmoe_compiler.dry_run.memory import memory
 from lmoe_compiler.dry_run.presets import PRESETS, Setting
 from lmoe_compiler.dry_run.replay import COMPUTE, WEIGHTS, Replay, replay
+from lmoe_compiler.dry_run.sizes import Sizes as Lengths
 from lmoe_compiler.dry_run.unroll import AFTER, BEFORE
 from lmoe_compiler.errors import InvalidOption
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.passes import planner
 from lmoe_compiler.passes.base import GraphRecord, Record
 from lmoe_compiler.passes.schedule import reordered
+from lmoe_compiler.passes.traffic import collectives
 from lmoe_compiler.runtime.mesh import axis_of
 from lmoe_compiler.runtime.topology import SCHEDULES, TOPOLOGIES
 
@@ -150,7 +152,7 @@ def test_bytes_counted_from_the_graphs_are_those_of_the_formulas(schedule: str) 
     expected = {
         (0, "tokens", "halo"): (halo, halo),
         (0, "state", schedule): exchange[schedule],
-        (1, "tokens", "keys, values"): (keys, keys),
+        (1, "tokens", "keys, values"): (keys, 2 * keys),  # again, and their gradients
         **{(layer, "experts", "rows"): (rows, rows) for layer in (0, 1)},
         **{(layer, "experts", "counts"): (counts, 0) for layer in (0, 1)},
         **{(layer, "numbers", "statistics"): (statistics, 0) for layer in (0, 1)},
@@ -165,6 +167,21 @@ def test_bytes_counted_from_the_graphs_are_those_of_the_formulas(schedule: str) 
     assert counted.keys() == expected.keys()
     for place, volumes in counted.items():
         assert volumes == pytest.approx(expected[place]), place
+
+
+def test_keys_and_values_of_all_ranks_are_not_kept_for_the_backward() -> None:
+    compiled, _ = dry("transpose")
+    (output,) = (n for n in compiled.forward.graph.nodes if n.op == "output")
+    kept = [x for x in output.args[0][compiled.num_outputs :] if isinstance(x, fx.Node)]
+    sizes = Lengths(compiled.token, TOKENS, (compiled.forward, compiled.backward))
+    lengths = [
+        max(map(sizes.length, x.meta["val"].shape), default=0)
+        for x in kept
+        if isinstance(x.meta["val"], Tensor)
+    ]
+    assert max(lengths) == TOKENS * CONFIG.top_k < RANKS * TOKENS
+    again = [c for c in collectives(compiled.backward.graph.nodes) if c.kind == "all_gather"]
+    assert [c.layer for c in again] == ["model.layers.1.mixer"]
 
 
 def test_the_planner_says_the_same_bytes_as_the_graph() -> None:

@@ -45,7 +45,7 @@ LAYERS = (
     ("call",),
     ("definition",),
     ("passes",),
-    ("parallel",),
+    ("parallel", "few_tokens"),
     ("backend",),
     ("blocks",),
     ("explain",),

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from simulated import Captured, Run, on_ranks, run_graph
+from small_model import SMALL
 from torch import Tensor, fx
 
 from lmoe_compiler.errors import MixesTokens, StaticSequence
-from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 from lmoe_compiler.passes.halo import Halo
 from lmoe_compiler.passes.losses import GlobalNumbers
@@ -26,22 +26,6 @@ from lmoe_compiler.runtime.mesh import Axis
 
 NAMES = ("loss", "logits", "cross_entropy", "aux_loss", "z_loss", "expert_load")
 LENGTH, ONE = 12, torch.ones((), dtype=torch.float64)
-CONFIG = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    num_layers=2,
-    layer_pattern="LN",
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    linear_heads=2,
-    key_dim=4,
-    value_dim=4,
-    num_experts=4,
-    top_k=2,
-    expert_size=8,
-    shared_expert_size=8,
-)
 
 
 @dataclass
@@ -55,7 +39,7 @@ class Whole:
 @cache
 def whole(packed: bool) -> Whole:
     torch.manual_seed(0)
-    model = LinearMoEForCausalLM(CONFIG).double()
+    model = LinearMoEForCausalLM(SMALL).double()
     batch = 1 if packed else 2
     ids, labels = torch.randint(0, 32, (2, batch, LENGTH))
     labels[0, 3] = -100

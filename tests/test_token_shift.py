@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from simulated import Captured, on_ranks, run_graph
 from torch import Tensor, fx, nn
 
-from lmoe_compiler.errors import MixesTokens, NotShardable
+from lmoe_compiler.errors import MixesTokens
 from lmoe_compiler.models.short_convolution import short_conv, token_shift
 from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.halo import Halo
@@ -45,7 +45,7 @@ def parallelise(gm: fx.GraphModule, axis: Axis) -> None:
 @pytest.mark.parametrize(
     ("layer", "packed"), [(mixed, False), (mixed, True), (padded, False), (far, False)]
 )
-@pytest.mark.parametrize("lengths", [[6, 6], [2, 2, 5, 3]])
+@pytest.mark.parametrize("lengths", [[6, 6], [2, 2, 5, 3], [1, 11], [10, 2, 0], [0, 0, 11, 1]])
 def test_shards_equal_the_whole(
     layer: Callable[..., Tensor], lengths: list[int], packed: bool
 ) -> None:
@@ -79,11 +79,14 @@ def graph_of(layer: Callable[[Tensor], Tensor], *shape: int) -> fx.GraphModule:
     return graph
 
 
-def test_fewer_tokens_than_the_halo_are_refused() -> None:
-    graph = graph_of(lambda x: short_conv(x, torch.ones(WIDTH, 4)), 1, 2, WIDTH)
-    with pytest.raises(NotShardable, match="looks 3 tokens back, and this rank holds 2") as error:
-        Halo(Axis.on_one_group("sp", 2, 0, "0"))(graph)
-    assert "at least 3 tokens on every rank" in error.value.try_
+@pytest.mark.parametrize("lengths", [[4, 2, 6], [10, 0, 2]])
+def test_a_rank_between_others_with_fewer_tokens_than_the_halo(lengths: list[int]) -> None:
+    """Every rank stops, and the error says what to do."""
+    x = torch.randn(1, LENGTH, WIDTH)
+    captured = Captured(lambda x: (short_conv(x * 2, torch.ones(WIDTH, 4)),), x)
+    flat = [captured.flat_inputs(shard) for shard in x.split(lengths, dim=1)]
+    with pytest.raises(RuntimeError, match=r"model looks 3 tokens back.*at least 3 tokens"):
+        on_ranks(captured, parallelise, flat, [[]] * len(lengths))
 
 
 @pytest.mark.parametrize(

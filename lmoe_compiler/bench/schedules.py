@@ -1,8 +1,13 @@
-"""`lmoe bench schedules`: state exchanges side by side on real processes (gloo), and what they are measured against.
+"""`lmoe bench schedules`: state exchanges side by side on real processes, and what they are measured against.
 
     transpose, all_gather     lmoe.compile(..., sequence_parallel="sp", schedule=...)
     states, eager             all-gather of (M, E), waited for at once and folded in a loop; autograd does the rest
     inputs, eager             all-gather of everybody's k, v and gates; every rank runs the whole sequence
+
+By gloo, or by NCCL with a GPU each; torchrun starts the processes, or this does:
+
+    lmoe bench schedules --ranks 4
+    torchrun --nproc-per-node 2 -m lmoe_compiler.cli bench schedules --ops gla kda
 
 Time is of one forward and backward, the slowest rank's median; bytes are what a rank receives in it. Outputs and
 gradients of all are compared with the last.
@@ -15,7 +20,6 @@ import json
 import os
 import socket
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmoe_compiler.backend import compile
 from lmoe_compiler.bench.measure import versions
+from lmoe_compiler.config import INNER
 from lmoe_compiler.definition import Recurrence
 from lmoe_compiler.layout import map_axes, split_maps
 from lmoe_compiler.models import RECURRENCES
@@ -40,6 +45,7 @@ from lmoe_compiler.passes.report import Report
 from lmoe_compiler.passes.traffic import kind_of, operand_of
 from lmoe_compiler.runtime import attention, collectives
 from lmoe_compiler.runtime.fold import apply
+from lmoe_compiler.runtime.join import join, variables
 from lmoe_compiler.runtime.topology import COLLECTIVES, TOPOLOGIES
 
 Function = Callable[..., Tensor]
@@ -59,29 +65,85 @@ class Row:
     error: float
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is measured and where; `shape` is B, T of each rank, H, K = V."""
+
+    device: str
+    ops: tuple[str, ...]
+    shape: tuple[int, int, int, int]
+    steps: int
+    inner: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench schedules", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
+    parser.add_argument(
+        "--ranks", type=int, help="processes, without torchrun (default: 4, or a GPU each)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--ops", nargs="+", choices=sorted(RECURRENCES), default=DEFAULT)
     parser.add_argument(
-        "--shape", type=int, nargs=4, default=(1, 512, 8, 32), metavar=("B", "T", "H", "D"),
-        help="T tokens on each rank, K = V = D (default: 1 512 8 32)",
+        "--shape", type=int, nargs=4, metavar=("B", "T", "H", "D"),
+        help="T tokens on each rank, K = V = D (default: 1 512 8 32 on CPUs, 1 16384 16 128 on GPUs)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=7, help="timed steps (default: 7)")
+    parser.add_argument(
+        "--inner", choices=INNER, help="compiler (default: aot_eager on CPUs, inductor on GPUs)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     given = parser.parse_args(argv)
-    rows = measure(given.ranks, given.ops, tuple(given.shape), given.steps)
-    shape = "B{} T{} H{} K=V={}".format(*given.shape)
-    print(f"{given.ranks} gloo processes, a thread each, {shape} on each rank, float32, CPU")
-    print(table(rows))
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "schedules.json"
-    setting = {"ranks": given.ranks, "shape": list(given.shape), "cores": os.cpu_count()}
-    path.write_text(
-        json.dumps({**versions(), **setting, "rows": [asdict(r) for r in rows]}, indent=1)
-    )
-    print(f"saved: {path}")
+    gpus = torch.cuda.device_count() if given.device != "cpu" else 0
+    device = "cuda" if gpus or given.device == "cuda" else "cpu"
+    shape = given.shape or ((1, 16384, 16, 128) if device == "cuda" else (1, 512, 8, 32))
+    inner = given.inner or ("inductor" if device == "cuda" else "aot_eager")
+    setting = Setting(device, tuple(given.ops), tuple(shape), given.steps, inner)
+    if "WORLD_SIZE" in os.environ:
+        _process(setting, given.out)
+    else:
+        measure(given.ranks or gpus or 4, setting, given.out)
     return 0
+
+
+def measure(ranks: int, setting: Setting, out: Path) -> None:
+    """Start the processes; the first of them prints and saves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_start, (ranks, port, setting, out), nprocs=ranks)
+
+
+def _start(rank: int, ranks: int, port: int, setting: Setting, out: Path) -> None:
+    os.environ.update(variables(rank, ranks, port))
+    torch.set_num_threads(1)
+    _process(setting, out)
+
+
+def _process(setting: Setting, out: Path) -> None:
+    device = join(setting.device, PATIENCE)
+    rows = [row for op in setting.ops for row in _sides(RECURRENCES[op], setting, device)]
+    if dist.get_rank() == 0:
+        _leave(rows, setting, device, out)
+    dist.destroy_process_group()
+
+
+def _leave(rows: Sequence[Row], setting: Setting, device: torch.device, out: Path) -> None:
+    ranks, backend = dist.get_world_size(), dist.get_backend()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a thread each"
+    shape = "B{} T{} H{} K=V={}".format(*setting.shape)
+    kind = str(setting.dtype).removeprefix("torch.")
+    print(f"{ranks} {backend} processes, {name}, {shape} on each rank, {kind}, {setting.inner}")
+    print(table(rows))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "schedules.json"
+    where = {"ranks": ranks, "backend": backend, "device": name, "cores": os.cpu_count()}
+    found = {**versions(), **where, **asdict(setting), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(found, indent=1))
+    print(f"saved: {path}", flush=True)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -93,37 +155,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([head, *lines])
 
 
-def measure(ranks: int, ops: Sequence[str], shape: tuple[int, ...], steps: int) -> list[Row]:
-    """Start the processes and give what the first of them found."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        result = Path(folder) / "rows.json"
-        mp.spawn(_process, (ranks, port, list(ops), shape, steps, str(result)), nprocs=ranks)
-        return [Row(**row) for row in json.loads(result.read_text())]
-
-
-def _process(
-    rank: int, ranks: int, port: int, ops: list[str], shape: tuple[int, ...], steps: int, out: str
-) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=PATIENCE)
-    try:
-        rows = [row for op in ops for row in _sides(RECURRENCES[op], shape, steps)]
-        if rank == 0:
-            Path(out).write_text(json.dumps([asdict(row) for row in rows]))
-    finally:
-        dist.destroy_process_group()
-
-
-def _sides(recurrence: Recurrence, shape: tuple[int, ...], steps: int) -> list[Row]:
+def _sides(recurrence: Recurrence, setting: Setting, device: torch.device) -> list[Row]:
     world = dist.group.WORLD
     assert world is not None
     rank, size, group = dist.get_rank(), dist.get_world_size(), world.group_name
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sp",))
-    inputs = _inputs(recurrence, shape, rank)
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("sp",))
+    inputs = _inputs(recurrence, setting, rank, device)
     found: dict[str, tuple[float, float, list[Tensor]]] = {}
     for side in SIDES:
         volume = _Volume(size)
@@ -133,25 +170,33 @@ def _sides(recurrence: Recurrence, shape: tuple[int, ...], steps: int) -> list[R
             function = _by_inputs(recurrence, rank, size, group)
         else:
             torch._dynamo.reset()
-            options = {"schedule": side, "inner": "aot_eager", "after_aot": (volume,)}
             function = compile(
-                lambda *xs: recurrence(*xs), mesh=mesh, sequence_parallel="sp", **options
+                lambda *xs: recurrence(*xs),
+                mesh=mesh,
+                sequence_parallel="sp",
+                schedule=side,
+                even_tokens=True,
+                inner=setting.inner,
+                after_aot=(volume,),
+                inductor={"force_disable_caches": True},  # a graph from a cache is not counted
             )
         results = _step(function, inputs)
         if side.endswith("eager"):
             with volume:
                 _step(function, inputs)
-        found[side] = (_time(function, inputs, steps), volume.received, results)
+        found[side] = (_time(function, inputs, setting.steps), volume.received, results)
     *_, exact = found[SIDES[-1]]
     return [
-        Row(recurrence.name, side, 1e3 * seconds, received, _error(results, exact))
-        for side, (seconds, received, results) in found.items()
+        Row(recurrence.name, side, milliseconds, received, _error(results, exact))
+        for side, (milliseconds, received, results) in found.items()
     ]
 
 
-def _inputs(recurrence: Recurrence, shape: tuple[int, ...], rank: int) -> list[Tensor]:
+def _inputs(
+    recurrence: Recurrence, setting: Setting, rank: int, device: torch.device
+) -> list[Tensor]:
     """Values as models give them: keys of length one, log decays below zero, rates in (0, 1)."""
-    batch, length, heads, width = shape
+    batch, length, heads, width = setting.shape
     generator = torch.Generator().manual_seed(rank)
     inputs = []
     for var in recurrence.inputs:
@@ -163,7 +208,7 @@ def _inputs(recurrence: Recurrence, shape: tuple[int, ...], rank: int) -> list[T
             x = torch.nn.functional.logsigmoid(x) / 16
         elif var.name in ("beta", "a", "eta"):
             x = x.sigmoid()
-        inputs.append(x.requires_grad_())
+        inputs.append(x.to(device, setting.dtype).requires_grad_())
     return inputs
 
 
@@ -173,20 +218,29 @@ def _step(function: Function, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def _time(function: Function, inputs: list[Tensor], steps: int) -> float:
-    """Median seconds of a step, of the slowest rank."""
+    """Median milliseconds of a step, of the slowest rank: by events where a device works by itself."""
+    on_device = inputs[0].is_cuda
     taken = []
     for _ in range(steps):
         dist.barrier()
-        begin = time.perf_counter()
-        _step(function, inputs)
-        taken.append(time.perf_counter() - begin)
+        if on_device:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            _step(function, inputs)
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            _step(function, inputs)
+            taken.append(1e3 * (time.perf_counter() - started))
     return _worst(statistics.median(taken))
 
 
 def _error(results: list[Tensor], exact: list[Tensor]) -> float:
     return _worst(
         max(
-            float((x - y).abs().max() / y.abs().max().clamp_min(1e-12))
+            float((x.double() - y).abs().max() / y.abs().max().clamp_min(1e-12))
             for x, y in zip(results, exact, strict=True)
         )
     )
@@ -194,7 +248,8 @@ def _error(results: list[Tensor], exact: list[Tensor]) -> float:
 
 def _worst(value: float) -> float:
     """The largest of all ranks."""
-    found = torch.tensor(value, dtype=torch.float64)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    found = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return float(found)
 

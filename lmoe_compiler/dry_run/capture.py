@@ -23,7 +23,7 @@ from lmoe_compiler.dry_run.unroll import Step, unroll
 from lmoe_compiler.errors import InvalidOption
 from lmoe_compiler.models.config import ModelConfig
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
-from lmoe_compiler.passes.adjoints import Adjoints
+from lmoe_compiler.passes import joint_passes
 from lmoe_compiler.passes.axes import Axes
 from lmoe_compiler.passes.base import GraphPass
 from lmoe_compiler.passes.canonicalize import Canonicalize
@@ -123,7 +123,7 @@ def _compile(config: ModelConfig, setting: Setting, tokens: Axis, experts: Axis 
             if n.target is exchange.finish
         }
         found["token"] = gm.meta["lmoe_shard"].tokens.symbol
-        found["joint"] = _differentiate(gm, example_inputs, tokens.groups["state"])
+        found["joint"] = _differentiate(gm, example_inputs, tokens)
         return _nothing(gm)
 
     model = weightless(config, setting.expert_ranks)
@@ -146,7 +146,11 @@ def _spread(gm: fx.GraphModule, setting: Setting, tokens: Axis, experts: Axis | 
     passes: list[GraphPass] = [
         Canonicalize(),
         SequenceParallel(
-            tokens, schedule=setting.schedule, topology=setting.topology, span=setting.span
+            tokens,
+            schedule=setting.schedule,
+            even=True,
+            topology=setting.topology,
+            span=setting.span,
         ),
         Halo(tokens),
         SoftmaxParallel(tokens, even=True),
@@ -162,7 +166,7 @@ def _spread(gm: fx.GraphModule, setting: Setting, tokens: Axis, experts: Axis | 
 
 
 def _differentiate(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], state_group: str
+    gm: fx.GraphModule, example_inputs: Sequence[Any], axis: Axis
 ) -> tuple[fx.GraphModule, fx.GraphModule, int]:
     """(forward, backward, number of the model's outputs), as AOTAutograd and its partitioner make them."""
     from torch._dynamo.backends.common import aot_autograd
@@ -172,7 +176,8 @@ def _differentiate(
     parts: list[Any] = []
 
     def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        Adjoints(frozenset({state_group}))(joint)
+        for graph_pass in joint_passes(axis):
+            graph_pass(joint)
         cut = min_cut_rematerialization_partition(joint, *args, **kwargs)
         parts.extend((*cut, kwargs["num_fwd_outputs"]))
         return cut

@@ -11,8 +11,9 @@ loss. So gradients are summed, never averaged: over all ranks, and those of expe
 ones. Everything that a person sees is written by the first rank.
 
 A rank that dies breaks the next collective of the others, which end with CollectiveFailed; torchrun ends what is left
-after its 30 s. A rank that hangs is waited for `--timeout` seconds. `lmoe train --resume` goes on from the last
-checkpoint, on any grid: it is that of the flags, not the one that saved.
+after its 30 s. A rank that hangs is waited for `--timeout` seconds (what is different on
+GPUs: runtime/failures.py). `lmoe train --resume` goes on from the last checkpoint, on any grid: it is that of the
+flags, not the one that saved.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from lmoe_compiler.errors import InvalidTraining
 from lmoe_compiler.models.linear_moe import LinearMoEForCausalLM
 from lmoe_compiler.runtime import collectives
 from lmoe_compiler.runtime.failures import explained, named
+from lmoe_compiler.runtime.join import join as join_processes
 from lmoe_compiler.runtime.mesh import axis_of
 from lmoe_compiler.train.config import TrainConfig
 from lmoe_compiler.train.machine import pick_device
@@ -221,12 +223,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    device = pick_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout)
-    )
+    device = join_processes(pick_device(config.device).type, timedelta(seconds=config.timeout))
     mesh = init_device_mesh(device.type, (size // config.sp, config.sp), mesh_dim_names=AXES)
     with explained():
         yield Ranks(mesh, expert_axes(config, size), dist.get_rank())
