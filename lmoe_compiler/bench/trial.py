@@ -76,7 +76,7 @@ class Trial:
         inplace = self.direction == "step_"
 
         def step() -> list[Tensor]:
-            o, following = recurrence.step(**token, state=state, inplace=inplace)
+            o, following = recurrence.step(*token.values(), state=state, inplace=inplace)
             return [o, *([following] if isinstance(following, Tensor) else following)]
 
         return step

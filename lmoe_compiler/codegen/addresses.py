@@ -6,10 +6,10 @@ the signature.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value, padded
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
@@ -29,11 +29,6 @@ def _padding(node: Node) -> float:
     """What a stored value is in rows past the end: what a mask gives them, or 0."""
     masked = node.op == "where" and node.args[0].op == "input" and node.args[0].name == VALID
     return float(str(node.args[2]["value"])) if masked and node.args[2].op == "const" else 0.0
-
-
-def identifier(name: str) -> str:
-    """A Python name for an IR name: `d.o` -> `do`, `K'` -> `K_1`."""
-    return re.sub(r"\W", "_", name.replace("d.", "d").replace("'", "_1"))
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Addresses:
 
     def shape(self, dims: Sequence[str]) -> str:
         names = {ROW: "C", SOURCE: "C"}
-        return "[" + ", ".join(names.get(d) or "B" + identifier(self.axis(d)) for d in dims) + "]"
+        return "[" + ", ".join(names.get(d) or "B" + axis_name(self.axis(d)) for d in dims) + "]"
 
     def axis(self, dim: str) -> str:
         """The declared axis of a dimension (a primed copy shares it)."""
@@ -120,7 +115,7 @@ class Addresses:
         return self.sizes[axis] % block != 0
 
     def width(self, axes: Sequence[str]) -> str:
-        return " * ".join("C" if a == SOURCE else identifier(self.axis(a)) for a in axes) or "1"
+        return " * ".join("C" if a == SOURCE else axis_name(self.axis(a)) for a in axes) or "1"
 
     def row_block(
         self, pointer: str, axes: Sequence[str], heads: str, head: str, whole: bool
@@ -140,12 +135,12 @@ class Addresses:
         masks = [spread(mask, [ROW], dims)]
         for position, axis in enumerate(axes):
             rest = " * ".join(
-                "C" if a == SOURCE else identifier(self.axis(a)) for a in axes[position + 1 :]
+                "C" if a == SOURCE else axis_name(self.axis(a)) for a in axes[position + 1 :]
             )
-            index = spread("o_t" if axis == SOURCE else f"o_{identifier(axis)}", [axis], dims)
+            index = spread("o_t" if axis == SOURCE else f"o_{axis_name(axis)}", [axis], dims)
             terms.append(f"{index} * ({rest})" if rest else index)
             if axis != SOURCE and self.masked(axis):
-                masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
+                masks.append(spread(f"m_{axis_name(axis)}", [axis], dims))
         return " + ".join(terms), " & ".join(masks), dims
 
     def state_block(
@@ -156,11 +151,11 @@ class Addresses:
         terms, masks = [f"{pointer} + {index} * ({self.width(axes)})"], []
         for position, axis in enumerate(axes):
             self.axes_used[self.axis(axis)] = None
-            rest = " * ".join(identifier(self.axis(a)) for a in axes[position + 1 :])
-            at = spread(f"o_{identifier(axis)}", [axis], dims)
+            rest = " * ".join(axis_name(self.axis(a)) for a in axes[position + 1 :])
+            at = spread(f"o_{axis_name(axis)}", [axis], dims)
             terms.append(f"{at} * ({rest})" if rest else at)
             if self.masked(axis):
-                masks.append(spread(f"m_{identifier(axis)}", [axis], dims))
+                masks.append(spread(f"m_{axis_name(axis)}", [axis], dims))
         return " + ".join(terms), " & ".join(masks), dims
 
     @property
@@ -183,7 +178,7 @@ class Addresses:
                 tokens = "TOKENS"
                 if value.whole and self.sectioned:
                     tokens = "(TOKENS // T) * T_ALL"
-                name = f"{name} + i_{identifier(axis)}.to(tl.int64) * {tokens} * (H * ({self.width(value.axes)}))"
+                name = f"{name} + i_{axis_name(axis)}.to(tl.int64) * {tokens} * (H * ({self.width(value.axes)}))"
             return self.row_block(name, value.axes, "H", "i_h", value.whole)
         if value.per == "vector":
             row, mask = self.at
@@ -192,7 +187,7 @@ class Addresses:
         if whole and value.per == "chunk":
             slot = "(i_n.to(tl.int64) * tl.cdiv(T_ALL, C) + T_0 // C + i_c)"
         if value.parts:
-            (axis,) = (identifier(a) for a in self.kernel.tile_sizes)
+            (axis,) = (axis_name(a) for a in self.kernel.tile_sizes)
             programs = "PROGRAMS" if self.kernel.levels == "far" else "tl.num_programs(0)"
             slots = f"({programs} // (H * tl.cdiv({axis}, B{axis})))"
             slots = f"{slots} // n_c * tl.cdiv(T_ALL, C)" if whole else slots

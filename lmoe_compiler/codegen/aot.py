@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import LENGTHS, Kernel
 
 SHARED_MEMORY_LIMIT = 232448

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 
-from lmoe_compiler.codegen.addresses import Addresses, identifier
+from lmoe_compiler.codegen.addresses import Addresses
+from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
@@ -186,7 +187,7 @@ class Expressions(Addresses):
         if node.op == "delta":
             a, b = node.axes
             dims = tuple(sorted(node.axes, key=self.order))
-            left, right = (spread(f"o_{identifier(x)}", [x], dims) for x in (a, b))
+            left, right = (spread(f"o_{axis_name(x)}", [x], dims) for x in (a, b))
             return self.assign("delta", f"({left} == {right}).to(tl.float32)", dims)
         assert node.op in CHUNK_OPS, node.op
         block = self.fp32(operands[0])
@@ -218,7 +219,7 @@ class Expressions(Addresses):
         """A whole operand added to a part counts in the first tile only. (Sums over an inner axis are complete.)"""
         for axis, found in self.splits[: len(self.kernel.tiles)]:
             if node.op in ("add", "sub") and found[node] == "part" and found[operand] == "whole":
-                text = f"tl.where(i_{identifier(axis)} == 0, {text}, 0.0)"
+                text = f"tl.where(i_{axis_name(axis)} == 0, {text}, 0.0)"
         return text
 
     def rename(self, node: Node, block: Block) -> Block:
@@ -234,7 +235,7 @@ class Expressions(Addresses):
         """`block` with zeros past the end of a padded axis."""
         if axis in (ROW, SOURCE) or not self.masked(axis):
             return block
-        mask = spread(f"m_{identifier(axis)}", [axis], block.dims)
+        mask = spread(f"m_{axis_name(axis)}", [axis], block.dims)
         return self.assign("", f"tl.where({mask}, {block.text}, 0.0)", block.dims, block.type)
 
     def kept_full(self, node: Node) -> bool:
@@ -268,7 +269,7 @@ class Expressions(Addresses):
         axis = str(node["axis"])
         position = block.dims.index(axis)
         self.axes_used[self.axis(axis)] = None
-        here = spread(f"(o_{identifier(axis)} == {node['at']})", [axis], block.dims)
+        here = spread(f"(o_{axis_name(axis)} == {node['at']})", [axis], block.dims)
         picked = f"tl.sum(tl.where({here}, {block.text}, 0.0), {position})"
         return self.assign("", picked, block.dims[:position] + block.dims[position + 1 :])
 
@@ -281,7 +282,7 @@ class Expressions(Addresses):
         position = block.dims.index(axis)
         dims = block.dims[:position] + block.dims[position + 1 :]
         if node.op == "max" and axis not in (ROW, SOURCE) and self.masked(axis):
-            mask = spread(f"m_{identifier(axis)}", [axis], block.dims)
+            mask = spread(f"m_{axis_name(axis)}", [axis], block.dims)
             return self.assign(
                 "", f'tl.max(tl.where({mask}, {block.text}, -float("inf")), {position})', dims
             )
@@ -302,7 +303,7 @@ class Expressions(Addresses):
             text = f"{text} + {zeros}" if dims else text
         masks = [mask] if mask else []
         if not value.parts:
-            masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+            masks += [f"(i_{axis_name(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         tail = f", mask={' & '.join(masks)}" if masks else ""
         cast = f"({text}).to({name}.dtype.element_ty)"
         inside = value.per == "span" and value.span > self.plan.chunk

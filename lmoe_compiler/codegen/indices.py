@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.expressions import Expressions
+from lmoe_compiler.codegen.names import axis_name
 from lmoe_compiler.codegen.plan import WALKS
 
 
@@ -14,7 +14,7 @@ class Indices(Expressions):
         kernel, varlen = self.kernel, self.plan.varlen
         self.write(f"i_p = {'i_far' if kernel.levels == 'far' else 'tl.program_id(0)'}")
         for axis in kernel.tile_sizes:
-            a = identifier(axis)
+            a = axis_name(axis)
             self.write(f"i_{a} = i_p % tl.cdiv({a}, B{a})")
             self.write(f"i_p = i_p // tl.cdiv({a}, B{a})")
         self.write("i_h = i_p % H")
@@ -67,11 +67,11 @@ class Indices(Expressions):
         return "i_s == 0" if self.kernel.order == "reverse" else "i_s == n_s - 1"
 
     def print_axis(self, axis: str) -> None:
-        a = identifier(axis)
+        a = axis_name(axis)
         start = f"i_{a} * B{a} + " if axis in self.kernel.block_sizes else ""
         primes = {d for d in self.primed if self.axis(d) == axis} | {axis}
         for dim in sorted(primes):
-            d = identifier(dim)
+            d = axis_name(dim)
             self.write(f"o_{d} = {start if dim == axis else ''}tl.arange(0, B{a})")
             if self.masked(axis):
                 self.write(f"m_{d} = o_{d} < {a}")

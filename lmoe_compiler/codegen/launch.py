@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.launcher import Launcher, compile_together, interpreting
 from lmoe_compiler.codegen.load import load_module
+from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import Kernel, Plan
 from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared
 from lmoe_compiler.codegen.triton import print_module

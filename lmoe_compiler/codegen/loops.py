@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.parallel import Parallel
 from lmoe_compiler.codegen.plan import Carry, Value
 from lmoe_compiler.codegen.statements import Block, spread
@@ -161,7 +161,7 @@ class Loops(Parallel):
         pointers, mask, dims = self.place(value, argument)
         masks = [mask] if mask else []
         if value.per != "scratch" and not value.parts:
-            masks += [f"(i_{identifier(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
+            masks += [f"(i_{axis_name(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         if self.kernel.span and value.per == "sequence":
             masks.append(f"({self.scanned_last})")
         tail = f", mask={' & '.join(masks)}" if masks else ""

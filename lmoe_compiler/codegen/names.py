@@ -16,20 +16,32 @@ from functools import cache
 from lmoe_compiler.ir.nodes import Next, Node, Program, Read, Step, Var, substitute
 
 RESERVED = frozenset(
-    "o T N H C TOKENS SEGMENTS LEVELS DOT PRECISION INVERSE SPLIT NEAR tl triton range cu_seqlens bos start level"
-    " find_sequence".split()
+    "o T N H C TOKENS SEGMENTS LEVELS DOT PRECISION INVERSE SPLIT NEAR FAR PROGRAMS SPAN T_0 T_ALL tl triton range"
+    " cu_seqlens bos start level find_sequence".split()
 )
 GRADIENT = "do"
 PREFIXED = re.compile(
-    r"([biomn]|sum)_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay|columns|\d+)"
+    r"([biomn]|sum)_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay|columns|dim|\d+)"
 )
+
+
+def identifier(name: str) -> str:
+    """A Python name for an IR name: `d.o` -> `do`, `K'` -> `K_1`."""
+    return re.sub(r"\W", "_", name.replace("d.", "d").replace("'", "_1"))
+
+
+def axis_name(axis: str) -> str:
+    """A Python name for an axis: its own, unless a kernel may use that, or `B`, `i_`, `o_` before it, for another."""
+    name = identifier(axis)
+    own = name[0].isupper() and name[0] != "B" and name not in RESERVED
+    return name if own else f"{name}_dim"
 
 
 @cache
 def printable(program: Program) -> Program:
     """The program with its inputs and states renamed where a kernel needs the name."""
     variables = (*program.states, *program.inputs)
-    axes = {axis.rstrip("'") for var in variables for axis in var.axes}
+    axes = {axis_name(axis.rstrip("'")) for var in variables for axis in var.axes}
     reads = {item.name for item in program.body if isinstance(item, Read)}
     taken = RESERVED | axes | {f"B{axis}" for axis in axes} | reads
     renamed: dict[str, str] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmoe_compiler.codegen.addresses import INDENT, identifier
+from lmoe_compiler.codegen.addresses import INDENT
 from lmoe_compiler.codegen.expressions import LATER
 from lmoe_compiler.codegen.indices import Indices
+from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.plan import FAR, Store
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.ir.nodes import Node
@@ -82,7 +83,7 @@ class Parallel(Indices):
         self.totals = {id(n): totals[n] for n in sums}
         outside, casts = dict(self.blocks), dict(self.casts)
         ((axis, _),) = self.kernel.inner
-        a = identifier(axis)
+        a = axis_name(axis)
         self.write(f"for i_{a} in range(0, tl.cdiv({a}, B{a})):")
         self.depth += 1
         self.print_axis(axis)

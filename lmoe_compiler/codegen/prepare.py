@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.extent import Extent, programs, shape_of
 from lmoe_compiler.codegen.launcher import Launcher, interpreting
+from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import FAR, Kernel, Passed, Plan, Value
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lmoe_compiler.codegen.addresses import identifier
+from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.plan import LENGTHS, Kernel, Plan, padded
 from lmoe_compiler.codegen.statements import (
     DEVICE_FUNCTIONS,
@@ -58,8 +58,8 @@ class KernelPrinter(Walk):
         """Compile-time parameters and their values (types are given by the launcher)."""
         names: dict[str, int | str] = {"H": self.plan.heads, **self.constants, "C": self.plan.chunk}
         for axis in self.axes_used:
-            names[identifier(axis)] = self.sizes[axis]
-            names["B" + identifier(axis)] = self.kernel.block_sizes.get(
+            names[axis_name(axis)] = self.sizes[axis]
+            names["B" + axis_name(axis)] = self.kernel.block_sizes.get(
                 axis, padded(self.sizes[axis])
             )
         return names | {

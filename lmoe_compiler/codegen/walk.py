@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lmoe_compiler.codegen.addresses import identifier
 from lmoe_compiler.codegen.loops import Loops
+from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.plan import Carry, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import Block, spread
@@ -50,19 +50,19 @@ class Walk(Loops):
         if value.parts:
             (axis,) = self.kernel.tile_sizes
             rows = "TOKENS" if value.per == "row" else f"(tl.num_programs(0) // (H * {self.tiles}))"
-            part = f"i_{identifier(axis)}.to(tl.int64) * {rows} * H"
+            part = f"i_{axis_name(axis)}.to(tl.int64) * {rows} * H"
             index = f"({part} + {index.removeprefix('(')}"
         return self.state_block(name, index, value.axes)
 
     @property
     def tiles(self) -> str:
-        (axis,) = (identifier(a) for a in self.kernel.tile_sizes)
+        (axis,) = (axis_name(a) for a in self.kernel.tile_sizes)
         return f"tl.cdiv({axis}, B{axis})"
 
     def scratch_block(self, name: str, axes: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
         """Pointers of one token's block in this program's scratch: whole blocks, nothing masked."""
         dims = tuple(sorted(axes, key=self.order))
-        lengths = [f"B{identifier(axis)}" for axis in dims]
+        lengths = [f"B{axis_name(axis)}" for axis in dims]
         self.axes_used.update(dict.fromkeys(dims))
         size = " * ".join(lengths) or "1"
         terms = [f"{name} + (tl.program_id(0).to(tl.int64) * C + i_r) * ({size})"]

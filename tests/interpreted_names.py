@@ -1,0 +1,34 @@
+"""A dim may have any name that kernels use for something else; run by test_codegen.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lmoe_compiler as lmoe
+from lmoe_compiler import Dim, State, Token
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+@pytest.mark.parametrize(
+    ("keys", "values"), [("N", "C"), ("n", "c"), ("tl", "o"), ("SPAN", "DOT"), ("K", "BK")]
+)
+def test_names_of_dims(keys, values, nonlinear):
+    """The number of documents, rows of a chunk, program indices, Triton itself, constants, sizes of tiles."""
+    A, B = (type(name, (Dim,), {"__doc__": name}) for name in (keys, values))
+
+    def step(S, q, k, v, g):
+        S = g.sigmoid()[:, None] * S + torch.outer(k, v)
+        return (S.tanh() if nonlinear else S), S.T @ q
+
+    step.__annotations__ = {
+        "S": State[A, B], "q": Token[A], "k": Token[A], "v": Token[B], "g": Token[A],
+    }  # fmt: skip
+    recurrence = lmoe.recurrence(step)
+    kernels = recurrence.with_options(implementation="triton")
+    inputs = [torch.randn(1, 20, 2, size, requires_grad=True) for size in (6, 6, 5, 6)]
+    for cu_seqlens in (None, torch.tensor([0, 7, 20], dtype=torch.int32)):
+        outputs = [r(*inputs, cu_seqlens=cu_seqlens) for r in (kernels, recurrence.reference)]
+        both = [[o, *torch.autograd.grad(o.square().sum(), inputs)] for o in outputs]
+        for found, expected in zip(*both, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
