@@ -86,7 +86,7 @@ class Trial:
         exact = {n: x.detach().double().requires_grad_() for n, x in self.inputs.items()}
         reference = RECURRENCES[self.recurrence.name].reference
         if self.direction not in STEPS:
-            o = reference(**exact)
+            o = reference(*exact.values())
             if self.d_output is None:
                 return [o.detach()]
             d_output = self.d_output.double()
@@ -94,7 +94,7 @@ class Trial:
         starts = [x.double() for x in self.states]
         start = starts[0] if len(starts) == 1 else tuple(starts)
         with torch.no_grad():
-            o, ends = reference(**exact, initial_state=start, return_state=True)
+            o, ends = reference(*exact.values(), initial_state=start, return_state=True)
         return [o[:, 0], *([ends] if isinstance(ends, Tensor) else ends)]
 
     def worst_error(self) -> float:
