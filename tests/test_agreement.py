@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import lmoe_compiler as lmoe
 from lmoe_compiler.errors import InvalidOption, NotShardable, WrongOnRanks
 from lmoe_compiler.models import RECURRENCES
+from lmoe_compiler.models.attention import Attention  # noqa: F401 (registers lmoe::attention)
 from lmoe_compiler.models.short_convolution import short_conv
 from lmoe_compiler.passes.halo import Halo
 from lmoe_compiler.passes.sequence_parallel import SequenceParallel
