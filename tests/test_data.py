@@ -179,7 +179,7 @@ def test_bad_data_is_named(tmp_path):
     for name, message in (
         ("missing.txt", "no such file"),
         ("empty", "no text in"),
-        ("binary", "1 files were not UTF-8"),
+        ("binary", "files that are not UTF-8 text: 1"),
         ("short.txt", "has only"),
     ):
         with pytest.raises(InvalidData, match=message):
