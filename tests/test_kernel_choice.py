@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import arguments, gated
+from cases import CASES, Sizes, make_inputs
 
 from lmoe_compiler import implementation
 from lmoe_compiler.bench import host
@@ -155,6 +156,27 @@ def test_a_kernel_that_spills_gets_more_warps_and_explain_says_so(monkeypatch):
     compiled.forget()
     kernels.step(*token, state=state, inplace=True)
     assert warps("step")["step"] == 1
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_kernels_that_always_spill_end_with_most_warps(monkeypatch):
+    """Token by token too, where a kernel's numbers say how many warps it starts with."""
+    right = launcher.Launcher.compile
+
+    def spilling(self, *args, **options):
+        right(self, *args, **options)
+        self.spilled = 4000
+
+    monkeypatch.setattr(launcher.Launcher, "compile", spilling)
+    recurrence = RECURRENCES["slstm"]
+    inputs = make_inputs(next(c for c in CASES if c.name == "slstm"), Sizes(B=1, T=9))[0]
+    leaves = [x.float().requires_grad_() for x in inputs.values()]
+    o = recurrence.with_options(implementation="triton")(*leaves)
+    torch.autograd.grad(o, leaves, torch.ones_like(o))
+    plans = [e.plan for e in compiled._executables.values()]
+    assert {plan.direction for plan in plans} == {"forward", "backward"}
+    warps = {k.name: k.tuning.num_warps for plan in plans for k in plan.kernels}
+    assert warps["walk"] == warps["entries"] == fit.MOST_WARPS
 
 
 def test_smaller_plans_end():

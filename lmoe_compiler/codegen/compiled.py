@@ -258,7 +258,7 @@ def _first(
             if request.measured is not None or into is not None:
                 break
             choice, notes = relieved(executable.plan.choice, executable.spills)
-            if not notes:
+            if choice == executable.plan.choice:
                 break
         except DoesNotFit as reason:
             fits, notes = smaller(executable.plan.choice, reason.kernel), [reason.note]

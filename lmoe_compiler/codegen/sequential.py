@@ -198,6 +198,8 @@ def _configured(kernel: Kernel, program: Program, choice: Choice, call: Call) ->
     # Products of matrices hold their operands in three parts of tf32 each.
     if any(n.op == "dot" and all(len(a.axes) > 1 for a in n.args) for n in nodes):
         warps = max(warps, 8)
+    asked = dict(choice.kernels).get(kernel.name)
+    warps = asked.num_warps if asked else warps
     return replace(kernel, kept=tuple(kept), tuning=replace(kernel.tuning, num_warps=warps))
 
 
