@@ -90,6 +90,8 @@ class SparseMoE(nn.Module):
         self.down = nn.Parameter(
             torch.empty(config.num_experts, config.hidden_size, config.expert_size)
         )
+        for weight in (self.gate_up, self.down):
+            nn.init.normal_(weight, std=config.init_std)
         self.shared = (
             SwiGLU(config.hidden_size, config.shared_expert_size)
             if config.shared_expert_size

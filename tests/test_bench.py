@@ -116,6 +116,7 @@ def test_shares_of_the_compilations_cover_all(tuned_kernel):
 WORKER = """
 import json, os, sys, time
 work = json.loads(sys.argv[1])
+print("ready", flush=True)
 assert sys.stdin.readline() == "go\\n"
 
 def answer(**row):
@@ -157,7 +158,7 @@ def scripted_workers(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("scripted_workers")
 def test_a_lost_worker_costs_its_own_cell_only():
     tasks = [Task({"what": what}) for what in ("die", "hang", "well")]
-    for answers in (list(one_by_one(tasks, 4, ahead=1)), list(side_by_side(tasks, 4, 3))):
+    for answers in (list(one_by_one(tasks, 4, together=2)), list(side_by_side(tasks, 4, 3))):
         died, hung, well = answers
         assert died.rows == [{"what": "die", "begun": True}]
         assert died.error == "exit 1: illegal memory access"

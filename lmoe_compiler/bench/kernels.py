@@ -1,6 +1,6 @@
 """`lmoe bench kernels`: ours beside the library's, one process a cell; rows are appended to a file as they come.
 
-1. first    every cell's first call with caches of its own that are empty, several at a time
+1. first    every cell's first call with caches of its own that are empty, several at a time (--workers 1: alone)
 2. measure  the same cell again in a fresh process and with those caches, alone on the device
 3. the table, the gates of issue 3 and the picture (also `lmoe bench table`)
 """
@@ -79,7 +79,9 @@ def main(argv: Sequence[str]) -> int:
         compiled = [
             task(c, "first", cache, choices, chosen.dtype) for c in cells if c.side != "softmax"
         ]
-        for answer in side_by_side(compiled, chosen.limit, chosen.workers):
+        several = side_by_side(compiled, chosen.limit, chosen.workers)
+        alone = one_by_one(compiled, chosen.limit)
+        for answer in alone if chosen.workers == 1 else several:
             append(results, answer)
     measured = [task(c, "measure", cache, choices, chosen.dtype) for c in cells]
     for answer in one_by_one(measured, chosen.limit):

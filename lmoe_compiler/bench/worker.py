@@ -28,6 +28,7 @@ from lmoe_compiler.bench.measure import (
     peak_bytes,
 )
 from lmoe_compiler.bench.plans import bounds
+from lmoe_compiler.bench.processes import READY
 from lmoe_compiler.bench.workloads import (
     DTYPES,
     SOFTMAX,
@@ -137,6 +138,7 @@ def main() -> None:
     if side == "fla":
         tuner.install()
     torch.zeros(1, device="cuda")
+    print(READY, end="", flush=True)
     sys.stdin.readline()
     if what == "compile":
         compile_share(work)

@@ -69,8 +69,10 @@ class Parallel(Indices):
         What follows from the sums is linear in them, and is computed once, after the loop.
         """
         kind = self.inner_split
-        tiles = [s for s in stores if kind(s.node) == "tile"]
-        rest = [s for s in stores if kind(s.node) != "tile"]
+        ((axis, _),) = self.kernel.inner
+        # A result that is the same along the axis (a gradient of zeros) fills tiles too.
+        tiles = [s for s in stores if kind(s.node) == "tile" or self.filled(s, axis)]
+        rest = [s for s in stores if s not in tiles]
         parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
         walked = closure([*parts, *(s.node for s in tiles)], self.cut)
         users = [n for n in walked if kind(n) in ("tile", "part") and n not in self.cut]
@@ -82,7 +84,6 @@ class Parallel(Indices):
         sums = [n for n in parts if n.op == "level_sum"]
         self.totals = {id(n): totals[n] for n in sums}
         outside, casts = dict(self.blocks), dict(self.casts)
-        ((axis, _),) = self.kernel.inner
         a = axis_name(axis)
         self.write(f"for i_{a} in range(0, tl.cdiv({a}, B{a})):")
         self.depth += 1
@@ -105,6 +106,9 @@ class Parallel(Indices):
         self.blocks.update(outside | {id(n): t for n, t in totals.items()})
         self.casts = casts
         return rest
+
+    def filled(self, store: Store, axis: str) -> bool:
+        return self.inner_split(store.node) == "whole" and axis in store.value.axes
 
     def is_contraction(self, node: Node) -> bool:
         """Whether the loop over the inner axis adds this up: a contraction over it, or over levels of such ones."""
