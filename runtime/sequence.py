@@ -54,9 +54,9 @@ def last_document(cu_seqlens: Tensor, offset: Tensor, x: Tensor) -> tuple[Tensor
     earlier rank).
     """
     length = x.shape[1]
-    document = torch.searchsorted(
-        cu_seqlens[1:].contiguous(), (offset + length - 1).to(cu_seqlens.dtype), right=True
-    )
+    last = (offset + length - 1).to(cu_seqlens.dtype)
+    # Not in cu_seqlens[1:]: on a GPU, Inductor (torch 2.11) searches in what a slice is a part of.
+    document = torch.searchsorted(cu_seqlens, last, right=True).sub(1).clamp_min(0)
     start = cu_seqlens.index_select(0, document) - offset
     parts = torch.cat([torch.zeros_like(start), start.clamp_min(0), torch.full_like(start, length)])
     return parts.to(torch.int32), start < 0
