@@ -72,7 +72,11 @@ class Parallel(Indices):
         ((axis, _),) = self.kernel.inner
         # A result that is the same along the axis (a gradient of zeros) fills tiles too.
         tiles = [s for s in stores if kind(s.node) == "tile" or self.filled(s, axis)]
-        rest = [s for s in stores if s not in tiles]
+        # What needs nothing of the loop comes before it, so that nothing is kept for it.
+        alone = [s for s in stores if s not in tiles and self.is_whole(s.node)]
+        for store in alone:
+            self.store(store.node, store.value)
+        rest = [s for s in stores if s not in tiles and s not in alone]
         parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
         walked = closure([*parts, *(s.node for s in tiles)], self.cut)
         users = [n for n in walked if kind(n) in ("tile", "part") and n not in self.cut]
@@ -106,6 +110,10 @@ class Parallel(Indices):
         self.blocks.update(outside | {id(n): t for n, t in totals.items()})
         self.casts = casts
         return rest
+
+    def is_whole(self, node: Node) -> bool:
+        """Whether nothing below a value is of one tile, or added up over tiles."""
+        return all(self.inner_split(n) == "whole" for n in closure([node], self.cut))
 
     def filled(self, store: Store, axis: str) -> bool:
         return self.inner_split(store.node) == "whole" and axis in store.value.axes

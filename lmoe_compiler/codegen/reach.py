@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from lmoe_compiler.ir.nodes import Node
@@ -14,8 +14,12 @@ class Cut(Protocol):
     def __contains__(self, node: Any, /) -> bool: ...
 
 
-def closure(roots: Iterable[Node], cut: Cut = ()) -> list[Node]:
-    """Nodes needed for `roots`, operands first, not looking below values that can be loaded."""
+def closure(
+    roots: Iterable[Node], cut: Cut = (), weight: Callable[[Node], int] | None = None
+) -> list[Node]:
+    """Nodes needed for `roots`, operands first (of several, heavier ones before lighter ones), not looking below values
+    that can be loaded.
+    """
     order: list[Node] = []
     seen: set[int] = set()
     stack = [(root, False) for root in reversed(list(roots))]
@@ -27,5 +31,6 @@ def closure(roots: Iterable[Node], cut: Cut = ()) -> list[Node]:
             seen.add(id(node))
             stack.append((node, True))
             if node not in cut:
-                stack.extend((a, False) for a in reversed(node.args) if id(a) not in seen)
+                args = sorted(node.args, key=weight, reverse=True) if weight else node.args
+                stack.extend((a, False) for a in reversed(args) if id(a) not in seen)
     return order

@@ -1,6 +1,7 @@
 """How the kernel of one decode step is tiled. It reads and writes every state once, and does little else.
 
-Wide tiles make wide loads; but a small batch needs many programs to keep every SM's memory requests in flight.
+Wide tiles make wide loads; but a small batch needs many programs to keep every SM's memory requests in flight, and
+four warps a program: gated delta rule, H200, B256 H32 K = V = 128, tiles of 64: 260 us; with 8 warps 294, of 32 267.
 """
 
 from __future__ import annotations
@@ -30,5 +31,5 @@ def choose(program: Program, call: Call, batch: int, *, in_place: bool) -> Choic
     while block > NARROWEST and batch * call.heads * -(-width // block) < enough:
         block //= 2
     rest = max(prod(padded(sizes[a]) for a in var.axes if a != last[0]) for var in program.states)
-    warps = 1 << max(0, min(3, (block * rest // 1024).bit_length() - 1))
+    warps = 1 << max(0, min(2, (block * rest // 1024).bit_length() - 1))
     return Choice(default=Tuning(block=block, num_warps=warps, num_stages=1))

@@ -79,6 +79,28 @@ def mul(x: Node, y: Node) -> Node:
         return neg(mul(x.args[0], y))
     if y.op == "neg":
         return neg(mul(x, y.args[0]))
+    if of_pairs(x) and of_pairs(y):
+        return _product_of_pairs(x, y)
+    return make("mul", x, y)
+
+
+def of_pairs(x: Node) -> bool:
+    """Whether a value is one for each row and source."""
+    return ROW in x.axes and SOURCE in x.axes
+
+
+def _product_of_pairs(x: Node, y: Node) -> Node:
+    """Factors one after another, masks on the first and numbers of rows last: gradients then share what they start
+    with, ((gradient of the scores, masked) * decay) * scores.
+    """
+    for number, pairs, other in ((x, x, y), (y, y, x)):
+        if number.op == "mul" and not of_pairs(number.args[1]):
+            pairs, number = pairs.args
+            return mul(mul(pairs, other) if other is y else mul(other, pairs), number)
+    if y.op == "causal":
+        return mul(causal(x, bool(y["strict"])), y.args[0])
+    if y.op == "mul" and of_pairs(y.args[0]):
+        return mul(mul(x, y.args[0]), y.args[1])
     return make("mul", x, y)
 
 
@@ -164,6 +186,8 @@ def is_causal(x: Node, strict: bool) -> bool:
 def causal(x: Node, strict: bool) -> Node:
     if x is ZERO or is_causal(x, strict):
         return x
+    if x.op == "mul" and of_pairs(x.args[0]):
+        return mul(causal(x.args[0], strict), x.args[1])
     return neg(causal(x.args[0], strict)) if x.op == "neg" else make("causal", x, strict=strict)
 
 

@@ -76,12 +76,16 @@ class Group:
 
 @dataclass(frozen=True)
 class StateForm:
-    """One state's coefficients over the rows of a chunk. `axis` is the keys'; `log` the decay's, () or (axis,)."""
+    """One state's coefficients over the rows of a chunk. `axis` is the keys'; `log` the decay's, () or (axis,).
+
+    `written` are keys, with a number for each row and a value: number and value stay apart, so that products take an
+    input as it is.
+    """
 
     var: Var
     axis: str
     log: Node
-    written: tuple[tuple[Node, Node], ...]
+    written: tuple[tuple[Node, Node, Node], ...]
 
     @property
     def entry(self) -> Node:
@@ -100,7 +104,7 @@ class StateForm:
             )  # fmt: skip
         product = al.dot(rows, al.as_source(sources), self.axis)
         if self.log is not al.ZERO:
-            product = al.mul(product, al.exp(al.make("segment", self.log, exclusive=exclusive)))
+            product = al.mul(al.exp(al.make("segment", self.log, exclusive=exclusive)), product)
         return al.causal(product, strict)
 
     def entry_read(self, rows: Node, exclusive: bool) -> Node:
@@ -116,11 +120,12 @@ class StateForm:
         whole = (
             al.mul(al.exp(al.sum_over(self.log, ROW)), self.entry) if self.decays else self.entry
         )
-        for key, value in self.written:
+        for key, scale, value in self.written:
             if self.diagonal:
-                whole = al.add(whole, al.dot(al.mul(key, al.exp(left)), value, ROW))
+                whole = al.add(whole, al.dot(al.mul(key, al.exp(left)), al.mul(scale, value), ROW))
             else:
-                whole = al.add(whole, al.dot(key, al.mul(al.exp(left), value), ROW))
+                factor = al.mul(al.exp(left), scale)
+                whole = al.add(whole, al.dot(key, al.mul(factor, value), ROW))
         return whole
 
     @property
@@ -200,8 +205,8 @@ class _Builder:
         point = self.micro[read.state].points[read.name]
         exclusive, strict = point == "before", point != "after"
         result = form.entry_read(vector, exclusive)
-        for j, (key, value) in enumerate(form.written):
-            scores = form.scores(vector, key, strict, exclusive)
+        for j, (key, weight, value) in enumerate(form.written):
+            scores = al.mul(form.scores(vector, key, strict, exclusive), al.as_source(weight))
             self.roles[f"scores {read.name} {j}"] = scores
             result = al.add(result, al.dot(scores, al.as_source(value), SOURCE))
         return al.mul(scale, result)
@@ -224,11 +229,12 @@ class _Builder:
         groups = [self.write_group(var, axis, w.key, w.value) for w in step.writes]
         read = self.feedback_read(step.feedbacks, axis, groups)
         groups = merge_groups(groups)
-        form = StateForm(var, axis, log, tuple((g.key, g.value) for g in groups))
+        written = tuple((g.key, *split_numbers(g.value)) for g in groups)
+        form = StateForm(var, axis, log, written)
         if read is None:
             return form
-        written = self.solve(form, read, step.feedbacks[0].point == "before", groups)
-        return StateForm(var, axis, log, written)
+        solved = self.solve(form, read, step.feedbacks[0].point == "before", groups)
+        return StateForm(var, axis, log, tuple((key, al.ONE, value) for key, value in solved))
 
     def write_group(self, var: Var, axis: str, key: Node, value: Node) -> Group:
         key, value = self.expression(key), self.expression(value)
@@ -293,6 +299,13 @@ def split_scale(x: Node, axis: str) -> tuple[Node, Node]:
         scale, rest = split_scale(x.args[1], axis)
         return al.mul(x.args[0], scale), rest
     return al.ONE, x
+
+
+def split_numbers(value: Node) -> tuple[Node, Node]:
+    """(c, y) with value = c y, c one number for each row; (1, value) where no other axis tells them apart."""
+    others = [axis for axis in value.axes if axis != ROW]
+    scale, rest = split_scale(value, others[0]) if len(others) == 1 else (al.ONE, value)
+    return (scale, rest) if ROW in rest.axes else (al.ONE, value)
 
 
 def merge_groups(groups: Iterable[Group]) -> list[Group]:

@@ -157,6 +157,8 @@ def _of_exp(node: Node, d: Node) -> tuple[Node]:
     """d * y. If y scales x, d is d' * x for some d': d' * y is then x's gradient, and is shared."""
     if d.op == "neg":
         return (al.neg(_of_exp(node, d.args[0])[0]),)
+    if d.op == "mul" and al.of_pairs(node) and not al.of_pairs(d.args[1]):
+        return (al.mul(_of_exp(node, d.args[0])[0], d.args[1]),)
     if d.op == "mul":
         return (al.mul(al.mul(d.args[0], node), d.args[1]),)
     return (al.mul(d, node),)
