@@ -7,13 +7,15 @@ process.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from cases import CASES, Case, Sizes, make_inputs
 from differentiated import Result, as_argument, as_list, differentiated, scan
+from scopes import out_of_scope
 
-from lmoe_compiler.codegen import compiled, run, tuned
+from lmoe_compiler.codegen import compiled, launch, run, tuned
 from lmoe_compiler.codegen import plan as plans
 from lmoe_compiler.codegen.plan import Choice, Tuning
 
@@ -49,6 +51,19 @@ PLANS = {
     "products": replace(PREPARED, products=True, kernels=(("products", Tuning(block=16)),)),
     "fused": replace(PREPARED, fused=True),
 }
+
+
+@pytest.fixture(autouse=True)
+def names_are_in_scope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every generated module: the interpreter would not see it."""
+    right = launch.print_module
+
+    def checked(*args: Any) -> Any:
+        text, printers = right(*args)
+        assert not out_of_scope(text), text
+        return text, printers
+
+    monkeypatch.setattr(launch, "print_module", checked)
 
 
 def single(sizes: Sizes, case: Case, **changes: torch.Tensor):

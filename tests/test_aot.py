@@ -98,11 +98,13 @@ def test_a_first_call_compiles_its_kernels_together(tmp_path):
         pytest.param(x, marks=pytest.mark.xfail(strict=True, reason=f"the scan spills {n} B"))
         if n
         else x
-        for x, n in (("linear_attention", 72), ("simple_gla", 96), ("delta_rule", 0))
+        for x, n in (("linear_attention", 72), ("simple_gla", 104), ("delta_rule", 0))
     ],
 )
 def test_forward_kernels_are_within_budget(name):
-    """Scans that cut a sequence are over it: they store the states kept for the backward once in 1024 tokens."""
+    """Scans that cut a sequence are over it: they store the states kept for the backward once in 1024 tokens. Kernels
+    that spill less (addresses computed anew each time, products in another order) took 4 to 15 % longer on an H200.
+    """
     within_budget(compiled(name, "--directions", "forward"))
 
 
@@ -112,10 +114,7 @@ def test_forward_kernels_are_within_budget(name):
     ("name", "kernels"),
     [
         ("linear_attention", {"states", "adjoint_spans", "adjoint", "gradients"}),
-        pytest.param(
-            *("simple_gla", {"states", "adjoint_spans", "adjoint"}),
-            marks=pytest.mark.xfail(strict=True, reason="the adjoint spills 76 B, before its loop"),
-        ),
+        ("simple_gla", {"states", "adjoint_spans", "adjoint"}),
         ("gla", {"prepare", "states", "adjoint_spans", "adjoint", "gradients"}),
         ("delta_rule", {"prepare", "states", "adjoint", "products", "gradients"}),
         ("gated_delta_rule", {"prepare", "states", "adjoint", "products"}),
@@ -137,6 +136,18 @@ def test_large_programs_stay_in_registers(name, shape):
     """Not within the budget, but no kernel lives in memory: on a device those over 1 KiB get more warps."""
     rows = compiled(name, "--directions", "backward", "--shape", shape)
     assert max(row["spill_stores"] for row in rows) <= 2048
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_of_span_maps_compile():
+    """At lengths that get loops over tiles, in which Python's names outlive the loop and Triton's do not."""
+    ops = ("simple_gla", "gla", "gated_delta_rule")
+    rows = compiled(*ops, "--directions", "--span-maps", "--shape", "1,16384,16,128")
+    assert {row["op"] for row in rows} == set(ops)
+    assert {"ends E", "pullback E", "ends M of S", "pullback M of S"} == {
+        row["direction"] for row in rows
+    }
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from lmoe_compiler.bench.workloads import Shape
@@ -9,10 +11,12 @@ from lmoe_compiler.codegen.compiled import Request
 from lmoe_compiler.codegen.cost import B, H, T, device, estimate
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.plan import Call, Plan
+from lmoe_compiler.codegen.run import with_columns
 from lmoe_compiler.codegen.triton import function_name
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program
-from lmoe_compiler.layout import Spec, leading
+from lmoe_compiler.layout import Spec, leading, map_axes
+from lmoe_compiler.lower import spans
 from lmoe_compiler.models import RECURRENCES
 
 
@@ -40,6 +44,22 @@ def call_of(program: Program, shape: Shape) -> Call:
 def plan_of(op: str, direction: str, shape: Shape) -> Plan:
     request = request_of(RECURRENCES[op].program(), direction, shape)
     return request.plan(request.choice())
+
+
+def span_map_plans(op: str, shape: Shape) -> Iterator[tuple[str, Plan]]:
+    """The plans of a benchmark call's span map, and of its gradients, as sequence parallelism has them."""
+    program = RECURRENCES[op].program()
+    derived = [("E", spans.ends_program(program))]
+    for var, axes in zip(program.states, map_axes(program), strict=True):
+        if axes is not None:
+            m = with_columns(spans.map_program(program, var.name, axes), shape[3])
+            derived.append((f"M of {var.name}", m))
+    inputs = request_of(program, "backward", shape).inputs
+    for name, part in derived:
+        for direction in ("ends", "pullback"):
+            ends = tuple(direction == "pullback" for _ in part.states)
+            request = Request(direction, printable(part), inputs, True, None, ends, Options())
+            yield f"{direction} {name}", request.plan(request.choice())
 
 
 def bounds(op: str, shape: Shape) -> dict[str, dict[str, float]]:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lmoe_compiler.bench.plans import plan_of
-from lmoe_compiler.bench.workloads import GATE_SHAPES
+from lmoe_compiler.bench.plans import plan_of, span_map_plans
+from lmoe_compiler.bench.workloads import GATE_SHAPES, shape_of
 from lmoe_compiler.codegen.aot import plan_resources
 from lmoe_compiler.models import RECURRENCES
 
@@ -19,15 +19,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench resources", description=__doc__)
     parser.add_argument("ops", nargs="+", choices=sorted(RECURRENCES))
     parser.add_argument(
-        "--directions", nargs="+", choices=DIRECTIONS, default=["forward", "backward"]
+        "--directions", nargs="*", choices=DIRECTIONS, default=["forward", "backward"]
+    )
+    parser.add_argument(
+        "--span-maps", action="store_true", help="also what sequence parallelism runs on a part"
     )
     parser.add_argument("--shape", default=",".join(map(str, GATE_SHAPES[1])), help="B,T,H,D")
     parser.add_argument("--json", action="store_true", help="one JSON line a kernel")
     chosen = parser.parse_args(argv)
-    batch, length, heads, size = (int(n) for n in chosen.shape.split(","))
+    shape = shape_of(chosen.shape)
     for op in chosen.ops:
-        for direction in chosen.directions:
-            plan = plan_of(op, direction, (batch, length, heads, size))
+        plans = [(direction, plan_of(op, direction, shape)) for direction in chosen.directions]
+        for direction, plan in [*plans, *(span_map_plans(op, shape) if chosen.span_maps else ())]:
             for kernel, found in plan_resources(plan).items():
                 row = {"op": op, "direction": direction, "kernel": kernel, "chunk": plan.chunk}
                 if chosen.json:

@@ -156,13 +156,7 @@ class Addresses:
             terms.append(f"{at} * ({rest})" if rest else at)
             if self.masked(axis):
                 masks.append(spread(f"m_{axis_name(axis)}", [axis], dims))
-        if self.seldom and len(terms) > 1:
-            # Zero, and the compiler does not know: it would keep offsets in registers for the whole loop.
-            terms[1:] = [f"({' + '.join(terms[1:])} + (i_c >> 30))"]
         return " + ".join(terms), " & ".join(masks), dims
-
-    seldom = False
-    """Whether what is addressed is reached in a few of a loop's iterations only."""
 
     @property
     def needs_tokens(self) -> bool:

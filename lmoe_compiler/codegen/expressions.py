@@ -44,22 +44,27 @@ class Expressions(Addresses):
         super().__init__(plan, kernel)
         self.sums: dict[int, Block] = {}
         self.totals: dict[int, Block] = {}
-        self.depths: dict[int, int] = {}
+        self.light: dict[int, bool] = {}
 
     def value(self, node: Node) -> Block:
         return self.blocks[id(node)]
 
-    def products_deep(self, node: Node) -> int:
-        """Products one after another below a node. Operands with more come first: less is kept while they are made."""
-        found = self.depths.get(id(node))
+    def made_of_loads(self, node: Node) -> bool:
+        """Whether a block is computed from what is loaded, without a product. It is made last of a node's operands:
+        products take time, and registers that it would be kept in.
+        """
+        if node in self.cut or not node.args or ROW not in node.axes or len(node.axes) < 2:
+            return False
+        found = self.light.get(id(node))
         if found is None:
-            below = () if node in self.cut else node.args
-            deep = max((self.products_deep(a) for a in below), default=0)
-            found = self.depths[id(node)] = deep + (node.op == "dot")
+            carried = {id(c.leaf) for c in self.kernel.carries}
+            below = closure([node], self.cut)
+            found = not any(n.op == "dot" or id(n) in carried for n in below)
+            self.light[id(node)] = found
         return found
 
     def emit(self, root: Node) -> Block:
-        for node in closure([root], self.known, self.products_deep):
+        for node in closure([root], self.known, self.made_of_loads):
             if id(node) not in self.blocks and not self.in_level(node):
                 if node.op == "level_sum" and id(node) not in self.loads:
                     self.level_loop(node)
@@ -303,7 +308,6 @@ class Expressions(Addresses):
         block = self.emit(node)
         name = identifier(value.name)
         self.args[name] = value
-        self.seldom = value.per == "span" and value.span > self.plan.chunk
         pointers, mask, dims = self.place(value, name)
         text = self.fp32(block).text if block.type == "bool" else block.text
         if node.op == "const" and not dims:
@@ -317,9 +321,9 @@ class Expressions(Addresses):
             masks += [f"(i_{axis_name(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         tail = f", mask={' & '.join(masks)}" if masks else ""
         cast = f"({text}).to({name}.dtype.element_ty)"
-        if self.seldom:
+        inside = value.per == "span" and value.span > self.plan.chunk
+        if inside:
             self.write(f"if i_c % {value.span // self.plan.chunk} == 0:")
-        self.depth += self.seldom
+        self.depth += inside
         self.write(f"tl.store({pointers}, {cast}{tail})")
-        self.depth -= self.seldom
-        self.seldom = False
+        self.depth -= inside

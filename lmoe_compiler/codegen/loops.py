@@ -31,6 +31,7 @@ class Loops(Parallel):
         names = [f"b_{identifier(c.leaf.name)}" for c in self.kernel.carries]
         for carry, name in zip(self.kernel.carries, names, strict=True):
             self.print_start(carry, name)
+        self.print_parameters()
         reverse = self.kernel.order == "reverse"
         rotated = self.print_first(reverse)
         first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
@@ -54,6 +55,13 @@ class Loops(Parallel):
             if carry.end is not None:
                 self.print_end(carry.end, name, carry.axes)
         return self.lines
+
+    def print_parameters(self) -> None:
+        """Loads of what is the same for all tokens of a head: in the loop they would wait for memory at every chunk."""
+        heads = {var.name for var in self.plan.program.inputs if var.kind == "head"}
+        for node in self.nodes:
+            if node.op == "input" and node.name in heads:
+                self.emit(node)
 
     def rotates(self, node: Node) -> bool:
         """Whether a load should be in flight for a whole iteration: a block that no product takes as it is.

@@ -15,10 +15,10 @@ class Cut(Protocol):
 
 
 def closure(
-    roots: Iterable[Node], cut: Cut = (), weight: Callable[[Node], int] | None = None
+    roots: Iterable[Node], cut: Cut = (), last: Callable[[Node], bool] | None = None
 ) -> list[Node]:
-    """Nodes needed for `roots`, operands first (of several, heavier ones before lighter ones), not looking below values
-    that can be loaded.
+    """Nodes needed for `roots`, operands first (the `last` ones after others), not looking below values that can be
+    loaded.
     """
     order: list[Node] = []
     seen: set[int] = set()
@@ -31,6 +31,6 @@ def closure(
             seen.add(id(node))
             stack.append((node, True))
             if node not in cut:
-                args = sorted(node.args, key=weight, reverse=True) if weight else node.args
+                args = sorted(node.args, key=last) if last else node.args
                 stack.extend((a, False) for a in reversed(args) if id(a) not in seen)
     return order

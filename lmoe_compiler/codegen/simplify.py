@@ -82,35 +82,6 @@ def segment_gradient(build: Maker, node: Node, args: list[Node]) -> Node | None:
     return build.make("suffix", build.make("sub", rows, columns), inclusive=True, like=node)
 
 
-def added(build: Maker, node: Node, args: Sequence[Node]) -> Node | None:
-    """x - dot(f a, b) = x + dot(-f a, b) for a row factor f: a product starts from what it is added to, while a
-    difference needs registers for both.
-    """
-    opposite = _opposite(build, args[-1])
-    if opposite is None or node.op == "neg":
-        return opposite
-    return build.make("add", args[0], opposite, like=node)
-
-
-def _opposite(build: Maker, x: Node) -> Node | None:
-    """-x by the sign of a row factor of a block, or None where there is none."""
-    if x.op == "rename":
-        inner = _opposite(build, x.args[0])
-        return inner and build.make("rename", inner, like=x, old=x["old"], new=x["new"])
-    if x.op == "mul":
-        for factor, rest in (x.args, x.args[::-1]):
-            if len(factor.axes) == 1 < len(rest.axes):
-                sign = factor.args[0] if factor.op == "neg" else build.make("neg", factor)
-                return build.scaled(rest, [sign])
-    if x.op == "dot" and len(x.axes) > 1:
-        for i, operand in enumerate(x.args):
-            inner = _opposite(build, operand) if operand.op == "mul" else None
-            if inner is not None:
-                pair = [inner if j == i else a for j, a in enumerate(x.args)]
-                return build.make("dot", *pair, like=x, axis=str(x["axis"]))
-    return None
-
-
 def merge_running(build: Maker, root: Node) -> Node:
     """A sum of running sums over rows as one running sum."""
     terms = _terms(root, 1)

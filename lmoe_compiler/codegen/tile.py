@@ -27,12 +27,10 @@ chunk that is near as a whole is scaled from its start instead: by running sums,
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 
 from lmoe_compiler.codegen.simplify import (
-    added,
     merge_running,
     segment_gradient,
     values_first,
@@ -102,14 +100,10 @@ def to_tiles(
     roots = list(roots)
     build = Builder(values)
     logs = _log_decays(roots)
-    uses = Counter(id(a) for node in topological(roots) for a in node.args)
     done: dict[Node, Node] = {}
     for node in topological(roots):
         args = [done[a] for a in node.args]
-        new = None if exact else _shorter(build, node, args)
-        if new is None and node.op in ("neg", "sub") and uses[id(node.args[-1])] == 1:
-            new = added(build, node, args)
-        new = new or _rewrite(build, node, args, sizes)
+        new = (None if exact else _shorter(build, node, args)) or _rewrite(build, node, args, sizes)
         if not exact:
             new = _running_sums(build, new)
         if node in logs:

@@ -84,6 +84,13 @@ def mul(x: Node, y: Node) -> Node:
     return make("mul", x, y)
 
 
+def scaled(x: Node, number: Node) -> Node:
+    """x times a number for each row, which keeps its sign: what products of x are added to, they start from, while a
+    difference needs registers for both.
+    """
+    return make("mul", x, number) if number.op == "neg" else mul(x, number)
+
+
 def of_pairs(x: Node) -> bool:
     """Whether a value is one for each row and source."""
     return ROW in x.axes and SOURCE in x.axes

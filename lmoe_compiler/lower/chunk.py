@@ -124,7 +124,7 @@ class StateForm:
             if self.diagonal:
                 whole = al.add(whole, al.dot(al.mul(key, al.exp(left)), al.mul(scale, value), ROW))
             else:
-                factor = al.mul(al.exp(left), scale)
+                factor = al.scaled(al.exp(left), scale)
                 whole = al.add(whole, al.dot(key, al.mul(factor, value), ROW))
         return whole
 
@@ -206,7 +206,7 @@ class _Builder:
         exclusive, strict = point == "before", point != "after"
         result = form.entry_read(vector, exclusive)
         for j, (key, weight, value) in enumerate(form.written):
-            scores = al.mul(form.scores(vector, key, strict, exclusive), al.as_source(weight))
+            scores = al.scaled(form.scores(vector, key, strict, exclusive), al.as_source(weight))
             self.roles[f"scores {read.name} {j}"] = scores
             result = al.add(result, al.dot(scores, al.as_source(value), SOURCE))
         return al.mul(scale, result)
@@ -284,7 +284,7 @@ class _Builder:
         self.roles |= {f"matrix {name}": matrix, f"rhs {name}": right, f"solution {name}": solution}
         if len(groups) == 1:
             return ((groups[0].key, solution),)
-        return tuple((g.key, al.add(g.value, al.mul(g.scale, solution))) for g in groups)
+        return tuple((g.key, al.add(g.value, al.scaled(solution, g.scale))) for g in groups)
 
 
 def split_scale(x: Node, axis: str) -> tuple[Node, Node]:
