@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 import torch
 from torch import fx
 from torch.nn import Module
+from torch.torch_version import TorchVersion
 
 from lmoe_compiler.config import CompileOptions
 from lmoe_compiler.cuts import cuts_of
@@ -38,6 +39,8 @@ M = TypeVar("M", bound=Module)
 # Inductor moves producers to their users and reorders for memory: what we put between a collective's start and its wait
 # would run after the wait.
 KEEP_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+# A rank may have no token. A kernel that tiles two axes, one of them empty, divides by zero before torch 2.13.
+ONE_TILED_AXIS = {"triton.max_tiles": 1} if TorchVersion(torch.__version__) < "2.13" else {}
 Inner = Callable[[fx.GraphModule, Sequence[Any], CompileOptions, GraphRecord], Any]
 
 
@@ -85,7 +88,10 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     mode = list_mode_options(chosen.mode) if chosen.mode else {}
-    patches = {**mode, **(KEEP_ORDER if chosen.token_axes else {}), **chosen.inductor}
+    own: dict[str, Any] = KEEP_ORDER if chosen.token_axes else {}
+    if chosen.token_axes and not chosen.even_tokens:
+        own = own | ONE_TILED_AXIS
+    patches = {**mode, **own, **chosen.inductor}
     for place, passes in (
         ("joint_custom_pre_pass", after_autograd(chosen)),
         ("post_grad_custom_pre_pass", after_aot(chosen)),

@@ -81,7 +81,9 @@ def data_parallel(
 
     Sums, because the loss of a model compiled with data_parallel=axis is that of all rows already; compile with
     sum_gradients= naming the other axes only. Experts that are cut over the axis stay as they are: the rows of all its
-    ranks came to them. options: of fully_shard or DistributedDataParallel.
+    ranks came to them. With FSDP2 an optimiser on GPUs then needs foreach=False, or the experts in a group of their
+    own: torch's fused steps take no mixture of DTensors and tensors.
+    options: of fully_shard or DistributedDataParallel.
     """
     if wrapper not in ("fsdp2", "ddp"):
         raise InvalidOption(

@@ -1,4 +1,4 @@
-"""What Triton's compiler refuses and its interpreter does not see: names that are used after the loop that wrote them."""
+"""What Triton's compiler refuses and its interpreter does not see: names used after the loop that wrote them."""
 
 from __future__ import annotations
 

@@ -247,3 +247,12 @@ def test_bad_configurations_are_refused(changes, message):
 def test_unknown_mixer_is_refused():
     with pytest.raises(InvalidModel, match="there is no mixer 'gated_deltanet'"):
         tiny("gated_deltanet")
+
+
+def test_experts_start_with_weights():
+    """Of a layer by itself too, where memory that nobody has written would be NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(x.isfinite().all() for x in SparseMoE(TINY).parameters())
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -111,7 +111,8 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    """One group of all parameters: beside FSDP2's, experts are plain tensors (data_parallel)."""
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
 def reference(layers: str) -> Reference:

@@ -222,7 +222,7 @@ def _time(function: Function, inputs: list[Tensor], steps: int) -> float:
     on_device = inputs[0].is_cuda
     taken = []
     for _ in range(steps):
-        dist.barrier()
+        dist.barrier(device_ids=[inputs[0].device.index] if on_device else None)
         if on_device:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

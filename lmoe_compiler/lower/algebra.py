@@ -88,7 +88,8 @@ def scaled(x: Node, number: Node) -> Node:
     """x times a number for each row, which keeps its sign: what products of x are added to, they start from, while a
     difference needs registers for both.
     """
-    return make("mul", x, number) if number.op == "neg" else mul(x, number)
+    signed = number.op == "neg" and x.op != "const"
+    return make("mul", x, number) if signed else mul(x, number)
 
 
 def of_pairs(x: Node) -> bool:
