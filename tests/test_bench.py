@@ -153,6 +153,7 @@ def scripted_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "WORKER", "scripted_worker")
     for command in (kernels, library):
         monkeypatch.setattr(command, "require_device", lambda **_: None)
+    monkeypatch.setattr(library, "machine", dict)  # the library is not installed here
 
 
 @pytest.mark.usefixtures("scripted_workers")
@@ -170,7 +171,7 @@ def test_a_lost_worker_costs_its_own_cell_only():
 def test_the_librarys_choices_reach_its_timing(tmp_path, capsys):
     """What `bench library` finds, and what it already had, is what `bench kernels` replays; each cell has its cache."""
     path, known = tmp_path / "library.json", {"chunk_gla 8,1024,8,64": {"kernel": {"k": {}}}}
-    path.write_text(json.dumps(known))
+    library.save(known, path)
     assert library.main(["--ops", "gla", "--workers", "4", "--out", str(path)]) == 0
     found = library.load_choices(path)
     assert len(found) == len(GATE_SHAPES)
@@ -188,6 +189,16 @@ def test_the_librarys_choices_reach_its_timing(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| geometric mean, gla, forward, 4 cells | >= 2.0x | 1.30 | FAIL |" in text
     assert "| 8, 1024, 8, 64 | 900 | 2700 |" in text
+
+
+def test_shipped_choices_are_for_every_cell_and_their_machine_only(monkeypatch):
+    made = json.loads(library.SHIPPED.read_text())["of"]
+    monkeypatch.setattr(library, "machine", lambda: made)
+    assert library.shipped() == library.SHIPPED
+    found = library.load_choices(library.shipped())
+    assert not any(library.missing(op, found) for op in library.SECONDS)
+    monkeypatch.setattr(library, "machine", lambda: made | {"triton": "3.6.0"})
+    assert library.shipped() is None
 
 
 @pytest.mark.usefixtures("scripted_workers")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmoe_compiler.bench import table
-from lmoe_compiler.bench.library import load_choices
+from lmoe_compiler.bench.library import load_choices, shipped
 from lmoe_compiler.bench.measure import require_device, versions
 from lmoe_compiler.bench.processes import Answer, Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import (
@@ -51,7 +51,11 @@ class Cell:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lmoe bench kernels", description=__doc__)
     parser.add_argument("--against", choices=["fla"], help="also time flash-linear-attention")
-    parser.add_argument("--chosen", type=Path, help="what `lmoe bench library` wrote")
+    parser.add_argument(
+        "--chosen",
+        type=Path,
+        help="what `lmoe bench library` wrote; default: the package's, if they fit",
+    )
     parser.add_argument("--softmax", action="store_true", help="also time softmax attention")
     parser.add_argument("--ops", nargs="+", choices=sorted(WORKLOADS), help="only these")
     parser.add_argument(
@@ -72,7 +76,12 @@ def main(argv: Sequence[str]) -> int:
     chosen.out.mkdir(parents=True, exist_ok=True)
     results = chosen.out / f"results{'' if chosen.dtype == 'bf16' else f'-{chosen.dtype}'}.jsonl"
     cache = (chosen.cache or chosen.out / "cache").absolute()
-    choices = load_choices(chosen.chosen)
+    path = chosen.chosen or (shipped() if chosen.against else None)
+    if chosen.against:
+        print(
+            f"choices of the library's autotuner: {path or 'none, it searches (lmoe bench library)'}"
+        )
+    choices = load_choices(path)
     cells = list(grid(chosen))
     if not chosen.skip_first:
         shutil.rmtree(cache, ignore_errors=True)

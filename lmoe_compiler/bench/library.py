@@ -2,6 +2,7 @@
 
 Compiling is nearly all of that time, so all cores compile; an op is searched as soon as its kernels are compiled,
 one op at a time on the device. Cells that the file already has are left alone: a run that was cut short goes on.
+What was found for the grids on an H200 is in the package (SHIPPED), for the versions that it names.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lmoe_compiler.bench.measure import require_device
+from lmoe_compiler.bench.measure import require_device, versions
 from lmoe_compiler.bench.processes import Answer, Process, Task, in_advance
 from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, WIDE, WIDE_SHAPES, Shape, tuned_as
 
@@ -26,6 +28,7 @@ SECONDS = {
     "linear_attention": 90, "rwkv7": 450, "retention": 90,
 }  # fmt: skip
 
+SHIPPED = Path(__file__).parent / "library_h200.json"
 SEARCH_LIMIT = 180.0
 """Seconds for the search of one op, all shapes."""
 
@@ -121,10 +124,27 @@ def report(answers: Sequence[Answer]) -> str:
 
 
 def load_choices(path: Path | None) -> dict[str, Any]:
-    found: dict[str, Any] = {} if path is None else json.loads(path.read_text())
+    """By cell; none without a path."""
+    found: dict[str, Any] = {} if path is None else json.loads(path.read_text())["choices"]
     return found
 
 
 def save(found: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
+    text = json.dumps({"of": machine(), "choices": found}, indent=0, sort_keys=True)
+    path.write_text(text + "\n")
+
+
+def machine() -> dict[str, str]:
+    """What the library's choices depend on."""
+    found = versions()
+    return {
+        "device": found["device"],
+        "triton": found["triton"],
+        "fla": metadata.version("fla-core"),
+    }
+
+
+def shipped() -> Path | None:
+    """The package's choices, where they were made with this device and these versions."""
+    return SHIPPED if json.loads(SHIPPED.read_text())["of"] == machine() else None
