@@ -103,7 +103,7 @@ def test_a_first_call_compiles_its_kernels_together(tmp_path):
 )
 def test_forward_kernels_are_within_budget(name):
     """Scans that cut a sequence are over it: they store the states kept for the backward once in 1024 tokens. Kernels
-    that spill less (addresses computed anew each time, products in another order) took 4 to 19 % longer on an H200.
+    that spill less (addresses computed anew each time, products in another order) took up to 19 % longer on an H200.
     """
     within_budget(compiled(name, "--directions", "forward"))
 
@@ -136,6 +136,14 @@ def test_large_programs_stay_in_registers(name, shape):
     """Not within the budget, but no kernel lives in memory: on a device those over 1 KiB get more warps."""
     rows = compiled(name, "--directions", "backward", "--shape", shape)
     assert max(row["spill_stores"] for row in rows) <= 2048
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_products_start_from_what_they_are_added_to():
+    """RWKV-7's scan, whose feedback subtracts: with differences of products it spilled, and took 2.3 times as long."""
+    rows = compiled("rwkv7", "--directions", "forward")
+    assert next(row for row in rows if row["kernel"] == "scan")["spill_stores"] == 0
 
 
 @pytest.mark.slow

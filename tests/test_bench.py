@@ -202,6 +202,17 @@ def test_shipped_choices_are_for_every_cell_and_their_machine_only(monkeypatch):
 
 
 @pytest.mark.usefixtures("scripted_workers")
+def test_choices_of_two_machines_are_not_mixed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "library.json"
+    library.save({}, path)
+    monkeypatch.setattr(library, "machine", lambda: {"device": "another"})
+    with pytest.raises(SystemExit):
+        library.main(["--out", str(path)])
+    assert "was made on another device" in capsys.readouterr().err
+    assert library.load_choices(path) == {}
+
+
+@pytest.mark.usefixtures("scripted_workers")
 def test_a_search_that_cannot_compile_stops_at_once(tmp_path, monkeypatch, capsys):
     shares = [{"what": "die", "op": "kda"}]
     monkeypatch.setattr(library, "shares", lambda op, shapes: shares)

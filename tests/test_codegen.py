@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scopes import out_of_scope
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -23,3 +24,10 @@ def test_kernels_in_the_interpreter(file, tmp_path):
         env=environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_names_of_a_loop_are_seen_after_it():
+    """By the check that all generated modules of these tests go through."""
+    text = "def f(x):\n    for i in range(x):\n        y = i + x\n    {}\n    return x\n"
+    assert out_of_scope(text.format("print(y)")) == ["y"]
+    assert not out_of_scope(text.format("y = print(x)"))

@@ -45,6 +45,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/library.json"))
     chosen = parser.parse_args(argv)
     require_device(library=True)
+    if chosen.out.exists() and not made_here(chosen.out):
+        parser.error(
+            f"{chosen.out} was made on another device or with other versions: --out another file"
+        )
     clock = Clock(60 * chosen.minutes)
     found = load_choices(chosen.out if chosen.out.exists() else None)
     variables = {"TRITON_CACHE_DIR": str(chosen.cache.absolute())}
@@ -145,6 +149,11 @@ def machine() -> dict[str, str]:
     }
 
 
+def made_here(path: Path) -> bool:
+    """Whether a file's choices were made with this device and these versions."""
+    return bool(json.loads(path.read_text())["of"] == machine())
+
+
 def shipped() -> Path | None:
-    """The package's choices, where they were made with this device and these versions."""
-    return SHIPPED if json.loads(SHIPPED.read_text())["of"] == machine() else None
+    """The package's choices, where they are for this machine."""
+    return SHIPPED if made_here(SHIPPED) else None

@@ -101,10 +101,12 @@ def _product_of_pairs(x: Node, y: Node) -> Node:
     """Factors one after another, masks on the first and numbers of rows last: gradients then share what they start
     with, ((gradient of the scores, masked) * decay) * scores.
     """
-    for number, pairs, other in ((x, x, y), (y, y, x)):
-        if number.op == "mul" and not of_pairs(number.args[1]):
-            pairs, number = pairs.args
-            return mul(mul(pairs, other) if other is y else mul(other, pairs), number)
+    if x.op == "mul" and not of_pairs(x.args[1]):
+        pairs, number = x.args
+        return mul(mul(pairs, y), number)
+    if y.op == "mul" and not of_pairs(y.args[1]):
+        pairs, number = y.args
+        return mul(mul(x, pairs), number)
     if y.op == "causal":
         return mul(causal(x, bool(y["strict"])), y.args[0])
     if y.op == "mul" and of_pairs(y.args[0]):
