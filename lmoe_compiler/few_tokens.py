@@ -14,11 +14,13 @@ whether it is over 1; with backed_size_oblivious that question is a guard, and I
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 # Over any number that a graph compares its tokens with, where it is this rank's first.
 _MANY = 64
@@ -52,13 +54,24 @@ def follow_tokens(compiled: Any, sequence_dim: int) -> Any:
     if isinstance(compiled, nn.Module):
         hook = lambda _, args, kwargs: prepare(args, kwargs)  # noqa: E731
         compiled.register_forward_pre_hook(hook, with_kwargs=True)
+        compiled.register_forward_hook(lambda _, args, results: _without_stand_ins(results))
         return compiled
 
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = prepare(args, kwargs)
-        return compiled(*args, **kwargs)
+        return _without_stand_ins(compiled(*args, **kwargs))
 
     return call
+
+
+def _without_stand_ins(results: Any) -> Any:
+    """`results` of a call; an input that is a result as it is would still be the stand-in."""
+    if is_dataclass(results) and not isinstance(results, type):
+        held = {f.name: getattr(results, f.name) for f in fields(results)}
+        changed = {name: _without_stand_ins(x) for name, x in held.items()}
+        new = {name: x for name, x in changed.items() if x is not held[name]}
+        return replace(results, **new) if new else results
+    return tree_map_only(Tensor, lambda x: getattr(x, _CARRIED, x), results)
 
 
 def _in_rows(x: Tensor) -> Tensor:

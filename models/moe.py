@@ -21,20 +21,19 @@ from lmoe_compiler.models.config import ModelConfig
 
 
 class Routing(NamedTuple):
-    """Where the tokens go, and what that costs. Everything is an output of the graph: no host
-    read.
+    """What the router's choices cost, summed over tokens: other blocks of a model take these, and
+    have their own tokens. Everything is an output of the graph: no host read.
     """
 
-    weights: Tensor  # [N, k]
-    ids: Tensor  # [N, k] int64
     aux_loss: Tensor  # scalar, 1 when balanced
     z_loss: Tensor  # scalar
     load: Tensor  # [E] tokens per expert
     dropped: Tensor  # [E] those of them that find no place there (capacity.py)
 
 
-def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
-    """Softmax over all experts, then the k largest; logits [N, E] in float32.
+def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Routing]:
+    """Softmax over all experts, then the k largest; logits [N, E] in float32 -> weights and ids
+    (int64) of the chosen, [N, k], and their statistics.
 
     aux_loss = E sum_e f_e P_e, f_e the share of choices and P_e the mean probability of expert e
     (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6); z_loss = mean logsumexp^2 (Zoph et al. 2022,
@@ -49,7 +48,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
     aux_loss = logits.shape[-1] * (share * probabilities.mean(dim=0)).sum()
     z_loss = logits.logsumexp(dim=-1).square().mean()
     dropped = dropped_rows(ids, logits.shape[-1]).to(load.dtype)
-    return Routing(weights, ids, aux_loss, z_loss, load, dropped)
+    return weights, ids, Routing(aux_loss, z_loss, load, dropped)
 
 
 class SwiGLU(nn.Module):
@@ -113,8 +112,8 @@ class SparseMoE(nn.Module):
         wide = torch.promote_types(self.router.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(rows.to(wide), self.router.weight.to(wide))
-        routing = route(logits, self.top_k, self.renormalise)
-        y = experts(rows, routing.weights, routing.ids, self.gate_up, self.down)
+        weights, ids, routing = route(logits, self.top_k, self.renormalise)
+        y = experts(rows, weights, ids, self.gate_up, self.down)
         y = y.view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)

@@ -30,10 +30,11 @@ def train(
     packed: bool,
     inner: str = "aot_eager",
     kv_heads: int | None = None,
+    blocks: bool = False,
     **options: Any,
 ) -> None:
     """Three steps of the compiled model on this rank's tokens against the plain model on all of them. With a capacity,
-    which has places for all here, ranks have as many tokens.
+    which has places for all here, ranks have as many tokens. In one graph, or block by block.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -49,7 +50,7 @@ def train(
     mesh = mesh_of(sp=size)
     if experts:
         lmoe.parallelize(model, mesh, expert_parallel="sp")
-    compiled = lmoe.compile(
+    compiled = (lmoe.compile_blocks if blocks else lmoe.compile)(
         model,
         mesh=mesh,
         sequence_parallel="sp",
@@ -75,7 +76,9 @@ def train(
         for optimiser in steps:
             optimiser.step()
             optimiser.zero_grad()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # Both layers, the embedding, the norm, the head and the losses.
+    assert graphs == (6 if blocks else 1)
     dist.barrier()
 
 
@@ -130,6 +133,15 @@ def test_ranks_that_disagree_are_told_before_they_hang() -> None:
 @pytest.mark.parametrize("experts", [False, True])
 def test_two_ranks_equal_one(experts: bool) -> None:
     run_processes(2, train, experts, True)
+
+
+@pytest.mark.slow
+def test_blocks_compiled_one_by_one_take_any_number_of_tokens() -> None:
+    run_processes(2, in_blocks)
+
+
+def in_blocks(rank: int, size: int) -> None:
+    train(rank, size, experts=True, packed=True, blocks=True)
 
 
 # One of each kind of map: the identity, a scalar, a diagonal, rank-one changes (dense).

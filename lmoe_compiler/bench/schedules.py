@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -238,12 +239,12 @@ def _time(function: Function, inputs: list[Tensor], steps: int) -> float:
 
 
 def _error(results: list[Tensor], exact: list[Tensor]) -> float:
-    return _worst(
-        max(
-            float((x.double() - y).abs().max() / y.abs().max().clamp_min(1e-12))
-            for x, y in zip(results, exact, strict=True)
-        )
-    )
+    """Of the output and every gradient, relative to its largest number; infinite where anything is not a number."""
+    errors = [
+        float((x.double() - y).abs().max() / y.abs().max().clamp_min(1e-12))
+        for x, y in zip(results, exact, strict=True)
+    ]
+    return _worst(max(e if math.isfinite(e) else math.inf for e in errors))
 
 
 def _worst(value: float) -> float:
