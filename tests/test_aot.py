@@ -92,19 +92,8 @@ def test_a_first_call_compiles_its_kernels_together(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(x, marks=pytest.mark.xfail(strict=True, reason=f"the scan spills {n} B"))
-        if n
-        else x
-        for x, n in (("linear_attention", 72), ("simple_gla", 104), ("delta_rule", 0))
-    ],
-)
+@pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "mamba2", "delta_rule"])
 def test_forward_kernels_are_within_budget(name):
-    """Scans that cut a sequence are over it: they store the states kept for the backward once in 1024 tokens. Kernels
-    that spill less (addresses computed anew each time, products in another order) took up to 19 % longer on an H200.
-    """
     within_budget(compiled(name, "--directions", "forward"))
 
 
@@ -118,10 +107,11 @@ def test_forward_kernels_are_within_budget(name):
         ("gla", {"prepare", "states", "adjoint_spans", "adjoint", "gradients"}),
         ("delta_rule", {"prepare", "states", "adjoint", "products", "gradients"}),
         ("gated_delta_rule", {"prepare", "states", "adjoint", "products"}),
-        ("kda", {"prepare", "states", "adjoint", "products", "gradients"}),
+        ("kda", {"prepare", "states", "adjoint", "products", "gradients", "gradients_far"}),
     ],
 )
 def test_kernels_of_the_backward_are_within_budget(name, kernels):
+    """Gradients of simple GLA (168 B) and the gated delta rule (72 B) are not: what is took longer (cost.RULES)."""
     rows = compiled(name, "--directions", "backward")
     within_budget([row for row in rows if row["kernel"] in kernels])
 

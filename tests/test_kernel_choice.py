@@ -13,7 +13,8 @@ from cases import CASES, Sizes, make_inputs
 
 from lmoe_compiler import implementation
 from lmoe_compiler.bench import host
-from lmoe_compiler.codegen import compiled, cost, fit, launcher, run, stepping, tuned
+from lmoe_compiler.bench.plans import request_of
+from lmoe_compiler.codegen import compiled, cost, fit, launcher, miscompiled, run, stepping, tuned
 from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.config import Options
@@ -24,6 +25,19 @@ from lmoe_compiler.models import RECURRENCES
 
 pytest.importorskip("triton")
 kernels = gated.with_options(implementation="triton")
+
+
+def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
+    """Before 3.7, states of a solve in a loop of stages."""
+    requests = {
+        name: request_of(RECURRENCES[name].program(), "backward", (1, 16384, 16, 128))
+        for name in ("kda", "gla")
+    }
+    for before in (True, False):
+        monkeypatch.setattr(miscompiled, "_before", lambda *_, old=before: old)
+        stages = {n: r.choice().tuning("states").num_stages for n, r in requests.items()}
+        assert stages == {"kda": 1 if before else 3, "gla": 3}
+    assert requests["kda"].choice() == requests["kda"].rule()
 
 
 def test_without_a_gpu():

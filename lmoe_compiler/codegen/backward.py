@@ -32,6 +32,7 @@ from lmoe_compiler.codegen.plan import (
     Store,
     Value,
     kept_states,
+    state_value,
 )
 from lmoe_compiler.codegen.products import contracted_values
 from lmoe_compiler.codegen.reach import closure
@@ -84,7 +85,7 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         for var, node, start in zip(program.states, after, kept, strict=True)
     ]
     entries = [
-        Store(c.leaf, _per_chunk(f"{var.name}_entry", var))
+        Store(c.leaf, state_value(f"{var.name}_entry", var, "chunk"))
         for var, c in zip(program.states, carries, strict=True)
         if c.leaf in needed
     ]
@@ -115,7 +116,7 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         return part.plan("backward")
     early = [s for s in outputs if _fits_scan(s, backward, {**part.stored}, depends, states)]
     exits = [
-        Store(c.leaf, _per_chunk(f"d{var.name}_exit", var))
+        Store(c.leaf, state_value(f"d{var.name}_exit", var, "chunk"))
         for var, c in zip(program.states, backward, strict=True)
         if c.leaf in needed
     ]
@@ -169,11 +170,6 @@ def _solves(nodes: Sequence[Node]) -> list[Node]:
     found = [n for n in nodes if _is_solve(n)]
     terms = {a for n in found if n.op in ("add", "sub", "neg") for a in n.args}
     return [n for n in found if n not in terms]
-
-
-def _per_chunk(name: str, var: Var) -> Value:
-    """A state per chunk: matrices in the products' type; vectors are small, and quotients by them cancel."""
-    return Value(name, var.axes, "chunk", "dot" if len(var.axes) > 1 else "fp32")
 
 
 def _is_solve(node: Node) -> bool:

@@ -25,6 +25,7 @@ from lmoe_compiler.codegen.fit import DoesNotFit, relieved, smaller, too_large
 from lmoe_compiler.codegen.forward import forward_plan, step_plan
 from lmoe_compiler.codegen.launch import Executable
 from lmoe_compiler.codegen.launcher import interpreting
+from lmoe_compiler.codegen.miscompiled import avoided
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.plan import KEPT_SPAN, OUTPUT, Call, Choice, Plan, Value, kept_states
 from lmoe_compiler.codegen.prepare import Prepared
@@ -203,7 +204,7 @@ class Request:
 
     def choice(self) -> Choice:
         """How the call is run: as measured, else by the rules."""
-        chosen, size = self.measured or self.rule(), self.options.chunk_size
+        chosen, size = avoided(self.measured or self.rule(), self.program), self.options.chunk_size
         if size is None or self.is_step:
             return chosen
         return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))

@@ -40,7 +40,7 @@ def near_and_far(kernel: Kernel) -> list[Kernel]:
     """
     reach = Value(f"{kernel.name}_reach", (), "program", "fp32")
     near = replace(kernel, levels="near", reach=reach)
-    tuning = replace(kernel.tuning, num_warps=min(8, 2 * kernel.tuning.num_warps))
+    tuning = replace(kernel.tuning, num_warps=min(8, 4 * kernel.tuning.num_warps))
     return [near, replace(near, name=f"{kernel.name}_far", levels="far", tuning=tuning)]
 
 

@@ -6,10 +6,10 @@ A `Choice` is what the cost model picks (cost.py); `partition.py` turns a tile g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from lmoe_compiler.ir.nodes import Node, Program
+from lmoe_compiler.ir.nodes import Node, Program, Var
 
 Order = Literal["forward", "reverse", "parallel", "step", "tokens", "tokens_reverse"]
 WALKS = ("tokens", "tokens_reverse")
@@ -254,16 +254,21 @@ class Call:
         return self.dtype == "fp32"
 
 
-KEPT_SPAN = 1024
+KEPT_SPAN = 512
 """Tokens between the states that a forward keeps, so that its backward starts from all of them at once."""
 
 
 def kept_states(program: Program) -> tuple[Value, ...]:
     """What the forward stores of each state for the backward: its value at the start of every span."""
     return tuple(
-        Value(f"{var.name}_kept", var.axes, "span", "fp32", span=KEPT_SPAN, whole=True)
+        replace(state_value(f"{var.name}_kept", var, "span"), span=KEPT_SPAN, whole=True)
         for var in program.states
     )
+
+
+def state_value(name: str, var: Var, per: Literal["chunk", "span"]) -> Value:
+    """A state in memory: matrices in the products' type; vectors are small, and quotients by them cancel."""
+    return Value(name, var.axes, per, "dot" if len(var.axes) > 1 else "fp32")
 
 
 def padded(size: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from lmoe_compiler.codegen.extent import Extent, programs, shape_of
 from lmoe_compiler.codegen.launcher import Launcher, interpreting
 from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import FAR, Kernel, Passed, Plan, Value
+from lmoe_compiler.codegen.workspace import places
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALIGNMENT = 256
@@ -97,9 +99,8 @@ class Preparation:
             made |= self.buffers(one, extent)
         own = [m for m in made.values() if m.name in self.results or m.parts]
         shared = sorted((m for m in made.values() if m not in own), key=lambda m: not m.zeros)
-        offsets = [0]
-        for m in shared:
-            offsets.append(offsets[-1] + m.bytes)
+        zeros = sum(m.bytes for m in shared if m.zeros)
+        offsets = self.offsets(shared)
         names = [*self.given, *(m.name for m in (*own, *shared))]
         place = {name: i for i, name in enumerate(names)}
         launches: list[Launch] = []
@@ -115,13 +116,26 @@ class Preparation:
         return Prepared(
             tuple(own),
             tuple(shared),
-            tuple(offsets[:-1]),
-            offsets[-1],
-            sum(m.bytes for m in shared if m.zeros),
+            tuple(offsets),
+            max((at + m.bytes for at, m in zip(offsets, shared, strict=True)), default=0),
+            zeros,
             tuple(launches),
             tuple(place[name] for name in self.results),
             extent.batch * extent.length < 2**31,
         )
+
+    def offsets(self, shared: Sequence[Made]) -> list[int]:
+        """Where values begin in the workspace: those with zeros one by one, then the others as their kernels allow."""
+        used: dict[str, list[int]] = {}
+        for number, launcher in enumerate(self.launchers):
+            for name in launcher.names:
+                used.setdefault(name, []).append(number)
+        # What passes from section to section has other names in kernels, and is needed all the time.
+        always = [0, len(self.launchers)]
+        needed = [used.get(m.name, always) for m in shared if not m.zeros]
+        *first, end = accumulate((m.bytes for m in shared if m.zeros), initial=0)
+        sizes = [m.bytes for m in shared if not m.zeros]
+        return first + [end + at for at in places(sizes, [(n[0], n[-1]) for n in needed])]
 
     def sections(self, extent: Extent) -> list[tuple[int, int]]:
         """First token and length of the parts of all sequences that are worked on one after another."""

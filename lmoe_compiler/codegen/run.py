@@ -62,9 +62,13 @@ def saved(
         axis_sizes(program, inputs),
         Extent(batch, length, documents, cu_seqlens is not None),
     )
+    dtypes = {"dot": compiled.computed(first.dtype), "fp32": torch.float32}
     return [
         first.new_empty(
-            extent.slots(value.span), heads, *(sizes[a] for a in value.axes), dtype=torch.float32
+            extent.slots(value.span),
+            heads,
+            *(sizes[a] for a in value.axes),
+            dtype=dtypes[value.dtype],
         )
         for value in compiled.kept(program)
     ]
