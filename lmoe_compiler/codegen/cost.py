@@ -284,9 +284,7 @@ SECTIONED = 32 * 2**20
 """Bytes of states from which on a backward goes section by section."""
 
 
-def _section(
-    call: Call, batch: int, length: int, chunk: int, solves: bool, vector: bool
-) -> int:
+def _section(call: Call, batch: int, length: int, chunk: int, solves: bool, vector: bool) -> int:
     """Tokens of sections: as few as keep the SMs busy, and of a short sequence a half (vector decays) or a quarter."""
     sizes = dict(call.sizes)
     states = 4 * batch * call.heads * length // chunk * sizes.get("K", 1) * sizes.get("V", 1)
