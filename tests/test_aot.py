@@ -111,7 +111,7 @@ def test_forward_kernels_are_within_budget(name):
     ],
 )
 def test_kernels_of_the_backward_are_within_budget(name, kernels):
-    """Gradients of simple GLA (168 B) and the gated delta rule (72 B) are not: what is took longer (cost.RULES)."""
+    """Gradients of simple GLA (168 B) and the gated delta rule (72 B) are not: what is took longer (rules.RULES)."""
     rows = compiled(name, "--directions", "backward")
     within_budget([row for row in rows if row["kernel"] in kernels])
 

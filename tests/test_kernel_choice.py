@@ -40,6 +40,24 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
     assert requests["kda"].choice() == requests["kda"].rule()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "section"),
+    [
+        ("simple_gla", (2, 16384, 16, 128), 4096),  # as few tokens as keep all SMs busy
+        (
+            "simple_gla",
+            (4, 2048, 16, 128),
+            512,
+        ),  # short, and its scans need not be cut to fill them
+        ("gla", (4, 2048, 16, 128), 1024),
+        ("simple_gla", (1, 8192, 16, 128), 0),  # eight spans side by side would be lost
+        ("simple_gla", (1, 1024, 2, 64), 0),  # a few MiB
+    ],
+)
+def test_a_backward_goes_in_sections_where_that_costs_little(name, shape, section):
+    assert request_of(RECURRENCES[name].program(), "backward", shape).rule().section == section
+
+
 def test_without_a_gpu():
     """An explicit request says where the inputs are; nothing runs instead."""
     with pytest.raises(ImplementationUnavailable, match="on cpu, and kernels run on CUDA"):

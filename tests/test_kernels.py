@@ -11,7 +11,7 @@ from accuracy import assert_accurate, measured, relative_rms
 from cases import CASES, Case, Sizes, make_inputs, with_extremes
 from differentiated import Result, as_argument, as_list, differentiated, scan
 
-from lmoe_compiler.codegen import compiled, cost, launch, run
+from lmoe_compiler.codegen import compiled, launch, rules, run
 from lmoe_compiler.models import RECURRENCES
 
 pytestmark = [
@@ -24,7 +24,9 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 half = torch.bfloat16
 SIZES = Sizes(B=2, T=200, H=2, K=64, V=64)
 BY_NAME = {case.name: case for case in CASES}
-WALKED = ("slstm",)  # token by token, and chaotic: a change of 0.2 % changes all of its gradients after 300
+WALKED = (
+    "slstm",
+)  # token by token, and chaotic: a change of 0.2 % changes all of its gradients after 300
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +254,7 @@ def test_sections_change_nothing(name, monkeypatch):
     """A backward that goes section by section (the last one ragged), with states given and asked for."""
     inputs, states = prepared(BY_NAME[name], Sizes(2, 2500, 2, 64, 64), half)
     whole = differentiated(generated(BY_NAME[name]), inputs, states).tensors()
-    monkeypatch.setattr(cost, "_section", lambda *_: 1024)
+    monkeypatch.setattr(rules, "_section", lambda *_: 1024)
     compiled.forget()
     sections = differentiated(generated(BY_NAME[name]), inputs, states).tensors()
     compiled.forget()

@@ -23,8 +23,9 @@ from lmoe_compiler.bench.trial import STEPS
 from lmoe_compiler.bench.workloads import GATE, GATE_SHAPES, STEP_SHAPES, WORKLOADS, Shape, shape_of
 from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.compiled import Request
-from lmoe_compiler.codegen.cost import device, may_cut
+from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.plan import Choice, Tuning
+from lmoe_compiler.codegen.rules import may_cut
 from lmoe_compiler.models import RECURRENCES
 
 DIRECTIONS = ("forward", "backward", *STEPS)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lmoe_compiler import layout
 from lmoe_compiler.codegen import first_use, sequential, stepping, tuned
 from lmoe_compiler.codegen.backward import backward_plan
-from lmoe_compiler.codegen.cost import by_rule, device
+from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.describe import header, lines
 from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.fit import DoesNotFit, relieved, smaller, too_large
@@ -29,6 +29,7 @@ from lmoe_compiler.codegen.miscompiled import avoided
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.plan import KEPT_SPAN, OUTPUT, Call, Choice, Plan, Value, kept_states
 from lmoe_compiler.codegen.prepare import Prepared
+from lmoe_compiler.codegen.rules import by_rule
 from lmoe_compiler.codegen.supported import DTYPES, axis_sizes
 from lmoe_compiler.config import Options
 from lmoe_compiler.ir.nodes import Program

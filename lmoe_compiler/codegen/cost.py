@@ -1,13 +1,10 @@
-"""What a plan costs, and which plan a scan in chunks gets.
+"""What a plan costs: bytes, operations and dependent steps read off its kernels, and a device's rates.
 
-`estimate` reads bytes, operations and dependent steps off a plan's kernels, as sympy expressions in the lengths
-B (sequences), T (tokens) and H (heads). `by_rule` chooses where the table of measured choices (tuned.py) has no row;
-the reasons of its rules were measured: see RULES.
+Costs are sympy expressions in the lengths B (sequences), T (tokens) and H (heads).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,54 +12,17 @@ from math import prod
 
 import sympy
 
-from lmoe_compiler.codegen.plan import KEPT_SPAN, Call, Choice, Kernel, Plan, Tuning, Value
+from lmoe_compiler.codegen.plan import Kernel, Plan, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.ir.nodes import (
     ROW,
     SOURCE,
-    UNARY,
-    Decay,
     Node,
-    Program,
-    Read,
-    Step,
-    topological,
 )
 
 B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-RULES = """\
-H200, B2 T16384 H16 K = V = 128, bf16; microseconds of one kernel
-scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
-chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
-chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
-scalar decay, forward          pairs once, by 2 warps (83; 4 warps 98, 1 warp 89): scan 182 against 298, which keeps all
-                               in registers without spills; at B1 T8192 H96 487 against 505
-scalar decay, backward         pairs once only where log decays are activations: Mamba-2 1866 against 2005 (its adjoint
-                               291 against 484); simple GLA 1607 against 1559
-prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
-prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701); with solves 421 (540)
-near and far kernels           apart 289 + 3, in one kernel 529 (prepare of GLA); gradients of KDA 1856 -> 1040
-products, solves               values contracted apart: 617 + 433 against 1496; in tiles of keys or values 827 to 2584
-gradients, solves              1 warp walks tiles of 16 keys (450; of 32 479; 4 warps 715)
-gradients, solves and levels   2 warps walk tiles of 16 keys (1040; 1 warp 1800; of 32 1416)
-gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
-gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474)
-gradients, scalar decay        tiles of 64 keys: 546, spills 168 B (of 32: 625; tiles of values: 644, 671; none spills);
-                               Mamba-2 765 with 64, spills 400 B, and 763 with 32, spills 84 B
-gradients, others that spill   gated delta rule 486 (2 warps, none: 735); HGRN2 1293 (8 warps: 1811; 32 keys: 2349)
-adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
-spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
-spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs. Scalar
-                               decays are cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86 (whole 134)
-states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 linear attention
-                               337 us, 180 MiB against 292, 264; KDA 977, 418 against 947, 645; delta rule 660, 256
-                               against 595, 569
-sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
-                               delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
-fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
 
 
 @dataclass(frozen=True)
@@ -93,9 +53,6 @@ def device() -> Device:
         if properties.name.startswith(known.name):
             return known
     return replace(H100, name=properties.name, sms=properties.multi_processor_count)
-
-
-# ---- what a plan costs
 
 
 @dataclass(frozen=True)
@@ -181,132 +138,3 @@ def _depth(kernel: Kernel, nodes: Sequence[Node], cut: dict[Node, Value]) -> int
             depth[node] = max(below, default=0) + (node.op == "dot")
     ends = [c.following for c in kernel.carries] or [s.node for s in kernel.stores]
     return max((depth.get(node, 0) for node in ends), default=0)
-
-
-# ---- which plan a call gets
-
-
-def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
-    """The choice for a scan in chunks."""
-    steps = _steps(program)
-    solves = any(s.feedbacks for s in steps)
-    decays = [d for s in steps for d in s.decays]
-    vector = any(d.factor.axes for d in decays)
-    if call.dtype == "fp32":
-        return _full_precision(solves, vector)
-    activated = any(_activated(program, d) for d in decays)
-    largest = max((size for _, size in call.sizes), default=16)
-    cancel = normalised(program)
-    wide = largest > 128
-    tile = 32 if wide else 64
-    chunk = 32 if solves or vector or cancel or wide else 64
-    stages = 3 if chunk == 32 else 2
-    few = solves and not _fills(_programs(call, batch, 64))
-    section = _section(call, batch, length, chunk, solves, vector) if direction == "backward" else 0
-    return Choice(
-        chunk=chunk,
-        span=_span(call, batch, section or length, vector) if may_cut(program) else 0,
-        section=section,
-        prepare=solves or vector or (bool(decays) and (direction == "forward" or activated)),
-        prepare_rows=vector,
-        products=solves,
-        default=Tuning(block=tile, num_warps=4, num_stages=stages),
-        kernels=(
-            ("prepare", Tuning(0, 0, 2 if chunk == 64 else 1, 1, inner=16 if vector else 0)),
-            ("spans", Tuning(tile, 0, 4, 3)),
-            ("adjoint_spans", Tuning(tile, 0, 4, 3)),
-            ("adjoint", Tuning(32, 0, 4, 4) if few and not wide else Tuning(tile, 0, 4, stages)),
-            ("states", Tuning(tile, 0, 4, 3 if solves or vector else 2)),
-            ("products", Tuning(64, 0, 4, 1, inner=64) if wide else Tuning(0, 0, 4, 1)),
-            ("gradients", _gradients(steps, cancel, activated)),
-        ),
-    )
-
-
-def normalised(program: Program) -> bool:
-    """Whether an output is divided by what is read of a state: its gradients cancel, because weights sum to one."""
-    reads = {item.name for item in program.body if isinstance(item, Read)}
-    quotients = [n for n in topological([program.output]) if n.op == "div"]
-    return any(
-        leaf.op == "input" and leaf.name in reads
-        for q in quotients
-        for leaf in topological([q.args[1]])
-    )
-
-
-def _activated(program: Program, decay: Decay) -> bool:
-    """Whether a log decay is a function of its token's numbers (softplus, say), which every row then waits for."""
-    tokens = {var.name for var in program.inputs if var.kind == "token"}
-    nodes = topological([decay.log]) if decay.log is not None else []
-    return any(
-        node.op in UNARY - {"neg"}
-        and any(leaf.op == "input" and leaf.name in tokens for leaf in topological([node]))
-        for node in nodes
-    )
-
-
-def _gradients(steps: Sequence[Step], cancel: bool, activated: bool) -> Tuning:
-    """A loop over small tiles of keys where contractions over values are done; else a loop over values."""
-    if cancel:
-        return Tuning(0, 0, 8, 1, full=True)
-    vector = any(d.factor.axes for s in steps for d in s.decays)
-    if any(s.feedbacks for s in steps):
-        return Tuning(0, 0, 2 if vector else 1, 1, inner=16)
-    if any(s.decays for s in steps) and not vector:
-        return Tuning(0, 0, 4, 2, inner=32 if activated else 64)
-    return Tuning(64, 0, 4, 3, inner=32)
-
-
-def _full_precision(solves: bool, vector: bool) -> Choice:
-    return Choice(
-        chunk=16,
-        prepare=solves or vector,
-        prepare_rows=vector,
-        default=Tuning(block=64, num_warps=4, num_stages=1),
-        kernels=(
-            ("prepare", Tuning(0, 0, 4 if vector else 1, 1)),
-            ("states", Tuning(64, 0 if solves else 64, 4, 1)),
-            ("gradients", Tuning(32, 0, 4, 1)),
-        ),
-    )
-
-
-def _steps(program: Program) -> list[Step]:
-    return [item for item in program.body if isinstance(item, Step)]
-
-
-def may_cut(program: Program) -> bool:
-    """Whether a sequence may be cut into spans: the map of one must be a scalar or a diagonal."""
-    return not any(s.feedbacks for s in _steps(program))
-
-
-SECTIONED = 32 * 2**20
-"""Bytes of states from which on a backward goes section by section."""
-
-
-def _section(call: Call, batch: int, length: int, chunk: int, solves: bool, vector: bool) -> int:
-    """Tokens of sections: as few as keep the SMs busy, and of a short sequence a half (vector decays) or a quarter."""
-    sizes = dict(call.sizes)
-    states = 4 * batch * call.heads * length // chunk * sizes.get("K", 1) * sizes.get("V", 1)
-    busy = (1.4 if solves else 1.9) * device().sms
-    section = 1024 * math.ceil(busy / _programs(call, batch, 64))
-    short = max(KEPT_SPAN, length // (2 if vector else 4) // KEPT_SPAN * KEPT_SPAN)
-    section = min(section, short)
-    return section if states >= SECTIONED and section < length else 0
-
-
-def _programs(call: Call, batch: int, tile: int) -> int:
-    """Programs of a scan that is not cut, with tiles of so many values."""
-    return batch * call.heads * -(-dict(call.sizes).get("V", tile) // tile)
-
-
-def _fills(programs: int) -> bool:
-    """Whether so many programs keep the SMs busy, one on each."""
-    return 1.1 * programs >= device().sms
-
-
-def _span(call: Call, batch: int, length: int, vector: bool) -> int:
-    """Tokens of spans that just fill the SMs with two blocks each, at least 1024; 0 where the sequence stays whole."""
-    programs = _programs(call, batch, 64)
-    spans = 1 if vector and _fills(programs) else min(2 * device().sms // programs, length // 1024)
-    return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0

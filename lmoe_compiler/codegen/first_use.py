@@ -32,7 +32,7 @@ TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 1e-3}
 
 
 def unknown() -> bool:
-    """Whether plans for the current device come from the cost model alone."""
+    """Whether plans for the current device come from another device's rules."""
     return not interpreting() and cost.device().name not in MEASURED
 
 
@@ -40,7 +40,7 @@ def notes() -> list[str]:
     if not unknown():
         return []
     return [
-        f"{cost.device().name} has not been measured: the plan is the cost model's, and its numbers are compared"
+        f"{cost.device().name} has not been measured: the plan is that of an H100, and its numbers are compared"
         " with ATen's at first use; `lmoe bench tune` finds the fastest plans of this device"
     ]
 

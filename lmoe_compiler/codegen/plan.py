@@ -1,6 +1,6 @@
 """Plans: which kernels run, what each carries, loads and stores, and how it is tiled. Frozen data, no decisions.
 
-A `Choice` is what the cost model picks (cost.py); `partition.py` turns a tile graph and a choice into a `Plan`;
+A `Choice` is what the rules pick (rules.py); `partition.py` turns a tile graph and a choice into a `Plan`;
 `triton.py` prints each `Kernel`; `run.py` allocates the values and launches.
 """
 
@@ -34,7 +34,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the cost model decides for one call.
+    """What the rules decide for one call.
 
     chunk      rows of one chunk
     span       tokens of the parts that each sequence is cut into, scanned side by side (0: not cut); a power of two
