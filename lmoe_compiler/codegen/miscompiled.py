@@ -1,8 +1,9 @@
-"""What a version of Triton was seen to compile wrongly on a device, and the plan that is right.
+"""What a version of Triton compiles wrongly, and the plan that is right.
 
-Triton before 3.7: the backward's `states` of recurrences with a solve. In a loop of several stages it left wrong states
-at some chunks, others each time: DeltaNet and KDA, bf16, T = 16384, H = 16, K = V = 128 on an H200 (3.6.0; 3.7.1 is
-right with the same tiles). With one stage it is right; a backward of DeltaNet then takes 1.48 ms, not 1.40.
+Triton before 3.7: the backward's `states` of recurrences with a solve, in a loop of several stages. Its LLVM adds bits
+of the thread's number to the rows that a chunk reads and writes; seen in the PTX of 3.6.0 for DeltaNet and KDA (bf16,
+H = 16, K = V = 128, T = 16384), whose gradients were wrong on an H200. With one stage addresses are those of 3.7.1, and
+a backward of DeltaNet takes 1.48 ms instead of 1.40.
 """
 
 from __future__ import annotations
