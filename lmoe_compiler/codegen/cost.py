@@ -14,11 +14,7 @@ import sympy
 
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.ir.nodes import (
-    ROW,
-    SOURCE,
-    Node,
-)
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Node
 
 B, T, H = sympy.symbols("B T H", positive=True, integer=True)
 
