@@ -123,22 +123,20 @@ class Kernel:
 def compute(op: Sequence[str], x: Sequence[ndarray]) -> ndarray | None:
     """One operation on integers of 32 or 64 bits, or predicates; None for any other."""
     name, kind = op[0], op[-1]
-    if (
-        kind[0] not in "subp"
-        or name not in OPERATIONS
-        or (name == "cvt" and op[-2][0] not in "sub")
-    ):
-        return None
+    key = f"{name}.{op[1]}" if name == "setp" else name
     narrow, signed = kind.endswith("32"), kind.startswith("s")
+    if name == "selp":
+        return np.where(x[2] != 0, x[0], x[1])
+    if kind[0] not in "subp":  # s32, u32, b32, pred: not f32
+        return None
+    if name == "cvt":
+        wide = number(x[0], signed, narrow).view(np.uint64)
+        return None if op[-2][0] not in "su" else wide & LOW if op[-2].endswith("32") else wide
     if name in ("mul", "mad") and op[1] == "wide":
         a, b, *more = (v if i == 2 else number(v, signed, True) for i, v in enumerate(x))
         return (a * b).view(np.uint64) + (more[0] if more else np.uint64(0))
-    if name == "cvt":
-        wide = number(x[0], signed, narrow).view(np.uint64)
-        return wide & LOW if op[-2].endswith("32") else wide
-    if name == "selp":
-        return np.where(x[2] != 0, x[0], x[1])
-    key = f"{name}.{op[1]}" if name == "setp" else name
+    if key not in OPERATIONS:
+        return None
     result = OPERATIONS[key](*(number(v, signed, narrow) for v in x))
     result = result.astype(np.int64).view(np.uint64)
     return result & LOW if narrow and name != "setp" else result
@@ -174,15 +172,12 @@ OPERATIONS: dict[str, Callable[..., ndarray]] = {
     "max": np.maximum,
     "div": divided,
     "rem": lambda a, b: a - divided(a, b) * b,
-    "setp": lambda *_: None,
     "setp.eq": np.equal,
     "setp.ne": np.not_equal,
     "setp.lt": np.less,
     "setp.le": np.less_equal,
     "setp.gt": np.greater,
     "setp.ge": np.greater_equal,
-    "selp": lambda *_: None,
-    "cvt": lambda *_: None,
 }
 
 

@@ -37,6 +37,7 @@ for stages in (choice.tuning(name).num_stages, 1):
     lengths = {"T": 1024, "T_0": 1024, "T_ALL": 2048, "TOKENS": 2048} if plan.passed else {"T": 2048, "TOKENS": 2048}
     given = bases(names, {n: x for n, x in lengths.items() if n in names})
     found.append([touched(text, given, p, 32 * one.options["num_warps"]) for p in (0, 5, 41)])
+print("stages:", choice.tuning(name).num_stages)
 for several, single in zip(*found):
     assert several["stores"] == single["stores"]
     assert not single["loads"] - several["loads"]
@@ -61,4 +62,7 @@ def test_stages_of_a_loop_change_no_address(op, direction, kernel):
         env=environment | {"PYTHONPATH": os.path.dirname(__file__)},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
-    assert len(ran.stdout.splitlines()) == 3
+    stages, *programs = ran.stdout.splitlines()
+    if stages == "stages: 1":
+        pytest.skip("this Triton gets one stage: there is nothing to compare")
+    assert len(programs) == 3

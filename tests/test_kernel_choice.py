@@ -37,6 +37,10 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
         monkeypatch.setattr(miscompiled, "_before", lambda *_, old=before: old)
         stages = {n: r.choice().tuning("states").num_stages for n, r in requests.items()}
         assert stages == {"kda": 1 if before else 3, "gla": 3}
+        assert [bool(miscompiled.notes(r.wanted, r.program)) for r in requests.values()] == [
+            before,
+            False,
+        ]
     assert requests["kda"].choice() == requests["kda"].rule()
 
 

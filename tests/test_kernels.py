@@ -24,9 +24,8 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 half = torch.bfloat16
 SIZES = Sizes(B=2, T=200, H=2, K=64, V=64)
 BY_NAME = {case.name: case for case in CASES}
-WALKED = (
-    "slstm",
-)  # token by token, and chaotic: a change of 0.2 % changes all of its gradients after 300
+CHAOTIC = ("slstm",)
+"""Inputs changed by 0.2 % change its gradients by 180 % after 300 tokens (K = V = 128)."""
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +140,7 @@ def test_two_runs_give_the_same_bits(case):
         assert torch.equal(x, second.tensors()[name]), name
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name not in WALKED], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in CHAOTIC], ids=str)
 def test_calls_that_fill_the_device(case):
     """Against the fp32 kernels, and the same bits again: what races on shared memory may do so in one chunk of many."""
     inputs, states = prepared(case, Sizes(1, 8192, 16, 128, 128), half)

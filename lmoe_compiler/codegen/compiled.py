@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler import layout
-from lmoe_compiler.codegen import first_use, sequential, stepping, tuned
+from lmoe_compiler.codegen import first_use, miscompiled, sequential, stepping, tuned
 from lmoe_compiler.codegen.backward import backward_plan
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.describe import header, lines
@@ -203,9 +203,14 @@ class Request:
         """The choice of the table, if this device and kind of call are in it."""
         return tuned.lookup(device().name, self.program, self.tuned_as, self.call, *self.lengths)
 
+    @property
+    def wanted(self) -> Choice:
+        """How the call is run if it is compiled as written."""
+        return self.measured or self.rule()
+
     def choice(self) -> Choice:
-        """How the call is run: as measured, else by the rules."""
-        chosen, size = avoided(self.measured or self.rule(), self.program), self.options.chunk_size
+        """How the call is run: as measured, else by the rules, but for what is compiled wrongly."""
+        chosen, size = avoided(self.wanted, self.program), self.options.chunk_size
         if size is None or self.is_step:
             return chosen
         return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
@@ -279,7 +284,8 @@ def _first(
 def executable_of(request: Request) -> Executable:
     kind = request.kind
     if kind not in _executables:
-        _executables[kind] = request.make(request.choice(), first_use.notes())
+        notes = miscompiled.notes(request.wanted, request.program) if request.is_backward else []
+        _executables[kind] = request.make(request.choice(), [*first_use.notes(), *notes])
     return _executables[kind]
 
 

@@ -25,6 +25,13 @@ def avoided(choice: Choice, program: Program) -> Choice:
     return replace(choice, kernels=tuple(kernels.items()))
 
 
+def notes(choice: Choice, program: Program) -> list[str]:
+    """What is changed in a backward's choice, and why, for `explain`."""
+    if avoided(choice, program) == choice:
+        return []
+    return ["states have a loop of one stage: Triton before 3.7 compiles one of several wrongly"]
+
+
 @cache
 def _before(*version: int) -> bool:
     try:
