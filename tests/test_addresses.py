@@ -52,6 +52,9 @@ for several, single in zip(*found):
         ("kda", "backward", "states"),
         ("simple_gla", "forward", "spans"),
         ("gla", "backward", "adjoint"),
+        ("gla", "forward", "prepare"),
+        ("kda", "backward", "gradients"),
+        ("delta_rule", "backward", "gradients"),
     ],
 )
 def test_stages_of_a_loop_change_no_address(op, direction, kernel):

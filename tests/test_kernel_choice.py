@@ -56,6 +56,8 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
         ("gla", (4, 2048, 16, 128), 1024),
         ("simple_gla", (1, 8192, 16, 128), 0),  # eight spans side by side would be lost
         ("simple_gla", (1, 1024, 2, 64), 0),  # a few MiB
+        ("gla", (8, 1024, 8, 64), 0),  # its states take no more than its inputs
+        ("delta_rule", (8, 1024, 8, 64), 512),
     ],
 )
 def test_a_backward_goes_in_sections_where_that_costs_little(name, shape, section):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lmoe_compiler.bench.workloads import Shape
+from lmoe_compiler.bench.workloads import DTYPES, Shape
 from lmoe_compiler.codegen.compiled import Request
 from lmoe_compiler.codegen.cost import B, H, T, device, estimate
 from lmoe_compiler.codegen.names import printable
@@ -20,14 +20,14 @@ from lmoe_compiler.lower import spans
 from lmoe_compiler.models import RECURRENCES
 
 
-def request_of(program: Program, direction: str, shape: Shape) -> Request:
-    """A benchmark call: bf16 tokens, fp32 head parameters, all heads alike; a step has a state."""
+def request_of(program: Program, direction: str, shape: Shape, dtype: str = "bf16") -> Request:
+    """A benchmark call: tokens of one dtype, fp32 head parameters, all heads alike; a step has a state."""
     step = direction in ("step", "step_")
     sizes = dict(zip("BTH", shape, strict=False))
     specs = [
         Spec(
             (*(sizes[n] for n in leading(var, step=step)), *(shape[3] for _ in var.axes)),
-            torch.float32 if var.kind == "head" else torch.bfloat16,
+            torch.float32 if var.kind == "head" else DTYPES[dtype],
             torch.device("cuda"),
         )
         for var in program.inputs
@@ -41,8 +41,8 @@ def call_of(program: Program, shape: Shape) -> Call:
     return request_of(program, "backward", shape).call
 
 
-def plan_of(op: str, direction: str, shape: Shape) -> Plan:
-    request = request_of(RECURRENCES[op].program(), direction, shape)
+def plan_of(op: str, direction: str, shape: Shape, dtype: str = "bf16") -> Plan:
+    request = request_of(RECURRENCES[op].program(), direction, shape, dtype)
     return request.plan(request.choice())
 
 
@@ -62,7 +62,7 @@ def span_map_plans(op: str, shape: Shape) -> Iterator[tuple[str, Plan]]:
             yield f"{direction} {name}", request.plan(request.choice())
 
 
-def bounds(op: str, shape: Shape) -> dict[str, dict[str, float]]:
+def bounds(op: str, shape: Shape, dtype: str) -> dict[str, dict[str, float]]:
     """By the name of each kernel of forward and backward: microseconds that its bytes, its arithmetic and its chain of
     dependent products take at least. The largest is what holds it up, if it is near what is measured.
     """
@@ -70,7 +70,7 @@ def bounds(op: str, shape: Shape) -> dict[str, dict[str, float]]:
     sizes = {B: batch, T: length, H: heads}
     found = {}
     for direction in ("forward", "backward"):
-        plan = plan_of(op, direction, shape)
+        plan = plan_of(op, direction, shape, dtype)
         for kernel, cost in zip(plan.kernels, estimate(plan), strict=True):
             seconds = cost.seconds(sizes, device())
             found[function_name(plan, kernel)] = {k: 1e6 * v for k, v in seconds.items()}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from lmoe_compiler.bench.plans import plan_of, span_map_plans
-from lmoe_compiler.bench.workloads import GATE_SHAPES, shape_of
+from lmoe_compiler.bench.workloads import DTYPES, GATE_SHAPES, shape_of
 from lmoe_compiler.codegen.aot import plan_resources
 from lmoe_compiler.models import RECURRENCES
 
@@ -25,11 +25,12 @@ def main(argv: Sequence[str]) -> int:
         "--span-maps", action="store_true", help="also what sequence parallelism runs on a part"
     )
     parser.add_argument("--shape", default=",".join(map(str, GATE_SHAPES[1])), help="B,T,H,D")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--json", action="store_true", help="one JSON line a kernel")
     chosen = parser.parse_args(argv)
     shape = shape_of(chosen.shape)
     for op in chosen.ops:
-        plans = [(direction, plan_of(op, direction, shape)) for direction in chosen.directions]
+        plans = [(d, plan_of(op, d, shape, chosen.dtype)) for d in chosen.directions]
         for direction, plan in [*plans, *(span_map_plans(op, shape) if chosen.span_maps else ())]:
             for kernel, found in plan_resources(plan).items():
                 row = {"op": op, "direction": direction, "kernel": kernel, "chunk": plan.chunk}

@@ -25,7 +25,7 @@ from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.compiled import Request
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.plan import Choice, Tuning
-from lmoe_compiler.codegen.rules import may_cut
+from lmoe_compiler.codegen.rules import Kind
 from lmoe_compiler.models import RECURRENCES
 
 DIRECTIONS = ("forward", "backward", *STEPS)
@@ -77,7 +77,8 @@ def candidates(request: Request) -> Iterator[Choice]:
     if not request.is_step:
         yield from _otherwise_cut(request, first)
     for kernel in (k for k in request.plan(first).kernels if k.levels != "far"):
-        for tuning in neighbours(first.tuning(kernel.name), loops=kernel.order != "parallel"):
+        loops = kernel.order != "parallel" or bool(kernel.inner)
+        for tuning in neighbours(first.tuning(kernel.name), loops=loops):
             changed = {**dict(first.kernels), kernel.name: tuning}
             yield replace(first, kernels=tuple(changed.items()))
 
@@ -90,7 +91,7 @@ def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
         yield replace(first, prepare_rows=not first.prepare_rows)
     else:
         yield replace(first, prepare=True)
-    if may_cut(request.program):
+    if not Kind.of(request.program, request.call).solves:
         whole = 1 << (request.lengths[1] - 1).bit_length()
         for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
             if span == 0 or 2 * first.chunk <= span < whole:
@@ -98,7 +99,7 @@ def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
 
 
 def neighbours(tuning: Tuning, *, loops: bool) -> Iterator[Tuning]:
-    """Twice and half the warps, the tiles, or both; in a loop over chunks one stage more and one less."""
+    """Twice and half the warps, the tiles, or both; in a loop over chunks or tiles one stage more and one less."""
     for half in (True, False):
         scaled = [_scaled(tuning, "num_warps", half, range(1, 9))]
         for name in ("block", "inner"):

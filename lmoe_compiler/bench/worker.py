@@ -94,7 +94,7 @@ def measure(work: dict[str, Any], side: Side) -> dict[str, Any]:
         row[f"{direction}_kernels"] = sum(count for _, count, _ in found)
     row["kernels"] = kernels
     if work["side"] == "ours":
-        row["bounds"] = bounds(work["op"], tuple(work["shape"]))
+        row["bounds"] = bounds(work["op"], tuple(work["shape"]), work["dtype"])
     row["peak_mib"] = peak_bytes(both) / 2**20
     row["forward_floor_us"] = 1e6 * (side.read + side.written) / COPY_BANDWIDTH
     row["both_floor_us"] = 1e6 * (3 * side.read + 2 * side.written) / COPY_BANDWIDTH

@@ -9,6 +9,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Products of fp32: six of operands in three bf16 parts each. Beside three of tf32 they are twice as exact (2.5e-7 of
+# linear attention's output, not 5e-7) and 1.1 to 1.9 times as fast: parts are small, and wgmma takes them transposed.
+FULL = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x6")
+
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def exp(x):
+        return tl.exp(x)
+
+else:
+
+    @triton.jit
+    def exp(x):
+        """One instruction beside the scaling. `tl.exp` has four: it keeps results below 1.2e-38, which are 0 here."""
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], tl.float32, True, 1
+        )
+
 
 @triton.jit
 def log1p(x):
@@ -18,17 +37,17 @@ def log1p(x):
 
 @triton.jit
 def softplus(x):
-    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+    return tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x)))
 
 
 @triton.jit
 def logsigmoid(x):
-    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+    return tl.minimum(x, 0.0) - log1p(exp(-tl.abs(x)))
 
 
 @triton.jit
 def tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     large = (1.0 - e) / (1.0 + e)
     small = tl.abs(x) * (1.0 - x * x * (1.0 / 3.0))
     magnitude = tl.where(tl.abs(x) < 1e-2, small, large)
@@ -48,7 +67,7 @@ def isfinite(x):
 @triton.jit
 def power(x, exponent):
     """x ** exponent for x >= 0."""
-    return tl.where(x > 0.0, tl.exp(exponent * tl.log(x)), tl.where(exponent == 0.0, 1.0, 0.0))
+    return tl.where(x > 0.0, exp(exponent * tl.log(x)), tl.where(exponent == 0.0, 1.0, 0.0))
 
 
 @triton.jit
@@ -56,9 +75,11 @@ def weighted_sums(weight, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """[C, D]: sums of the rows of x with weights 1, 0 and -1 [C, C], on tensor cores."""
     if SPLIT:
         picked = weight.to(tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        sums = tl.dot(picked, high) + tl.dot(picked, low)
+        # Rounded as an integer: a conversion to bf16 and back takes the unit that exponentials need.
+        bits = x.to(tl.uint32, bitcast=True)
+        high = ((bits + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        low = (x - high).to(tl.bfloat16)
+        sums = tl.dot(picked, high.to(tl.bfloat16)) + tl.dot(picked, low)
     else:
         sums = tl.dot(weight, x, input_precision=PRECISION)
     return sums
@@ -96,7 +117,7 @@ def exclusive_prefix(x, C: tl.constexpr):
     if len(x.shape) == 1:
         sums = tl.sum(tl.where(before, x[None, :], 0.0), 1)
     else:
-        sums = tl.dot(before.to(tl.float32), x, input_precision="tf32x3")
+        sums = tl.dot(before.to(tl.float32), x, input_precision=FULL)
     return sums
 
 
@@ -108,7 +129,7 @@ def exclusive_suffix(x, C: tl.constexpr):
     if len(x.shape) == 1:
         sums = tl.sum(tl.where(after, x[None, :], 0.0), 1)
     else:
-        sums = tl.dot(after.to(tl.float32), x, input_precision="tf32x3")
+        sums = tl.dot(after.to(tl.float32), x, input_precision=FULL)
     return sums
 
 

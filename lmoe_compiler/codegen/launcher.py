@@ -78,23 +78,22 @@ def compile_together(calls: Iterable[tuple[Launcher, Sequence[Any]]]) -> None:
 def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
     import triton.language as tl
 
+    from lmoe_compiler.codegen.device import FULL
+
+    full = FULL.value
     half = plan.dtype != "fp32" and not plan.walks
     settings = {
-        "DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[plan.dtype]
-        if half and not interpreting()
-        else tl.float32,
+        "DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[plan.dtype] if half else tl.float32,
         # tf32 has the mantissa of fp16: where fp16 is not enough, neither is tf32.
-        "PRECISION": "ieee"
-        if interpreting()
-        else "tf32"
-        if half and plan.dtype == "bf16"
-        else "tf32x3",
-        "INVERSE": "ieee" if interpreting() else "tf32" if half else "tf32x3",
+        "PRECISION": "tf32" if half and plan.dtype == "bf16" else full,
+        "INVERSE": "tf32" if half else full,
         # Scaled operands stay within the range of the products' type: exp(80) = 5e34, exp(8) = 3e3.
         # In fp32 an error of their exponents (1e-7 of the sum) may not show.
-        "NEAR": {"bf16": 80.0, "fp16": 8.0, "fp32": 16.0}[plan.dtype],
-        "SPLIT": half and not interpreting(),
+        "NEAR": {"bf16": 80.0, "fp16": 8.0, "fp32": 64.0}[plan.dtype],
+        "SPLIT": half,
     }
+    if interpreting():
+        settings |= {"DOT": tl.float32, "PRECISION": "ieee", "INVERSE": "ieee", "SPLIT": False}
     return {
         name: settings[name] if isinstance(value, str) else value for name, value in names.items()
     }

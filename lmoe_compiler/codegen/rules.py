@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, prod
 
-from lmoe_compiler.codegen.cost import device
+from lmoe_compiler.codegen.cost import DTYPE_BYTES, device
 from lmoe_compiler.codegen.plan import KEPT_SPAN, Call, Choice, Tuning
 from lmoe_compiler.ir.nodes import UNARY, Decay, Program, Read, Step, topological
 
@@ -19,15 +19,23 @@ scalar decay, forward          pairs once, by 2 warps (83; 4 warps 98, 1 warp 89
 scalar decay, backward         pairs once only where log decays are activations: Mamba-2 1866 against 2005 (its adjoint
                                291 against 484); simple GLA 1607 against 1559
 prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
-prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701); with solves 421 (540)
+prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701); with solves 421 (540); its
+                               loop over keys in 3 stages: GLA 251 (1 stage 285), KDA 343 (404), RWKV-7 801 with 2
+                               (899); where log decays are activations in 1: HGRN2 316 (2 stages 345)
 near and far kernels           apart 289 + 3, in one kernel 529 (prepare of GLA); gradients of KDA 1856 -> 1040
 products, solves               values contracted apart: 617 + 433 against 1496; in tiles of keys or values 827 to 2584
-gradients, solves              1 warp walks tiles of 16 keys (450; of 32 479; 4 warps 715)
-gradients, solves and levels   2 warps walk tiles of 16 keys (1040; 1 warp 1800; of 32 1416)
+gradients, solves              1 warp walks tiles of 16 keys (450; of 32 479; 4 warps 715), in 3 stages: 386 (1 stage
+                               432); with scalar decays in 1: 488 (2 stages 560, spills)
+gradients, solves and levels   2 warps walk tiles of 16 keys (1040; 1 warp 1800; of 32 1416), in 2 stages: KDA 926
+                               (997), RWKV-7 1595 (2007)
 gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
 gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474)
 gradients, scalar decay        tiles of 64 keys: 546, spills 168 B (of 32: 625; tiles of values: 644, 671; none spills);
-                               Mamba-2 765 with 64, spills 400 B, and 763 with 32, spills 84 B
+                               Mamba-2 765 with 64, spills 400 B, and 763 with 32, spills 84 B; 710 in 3 stages
+contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505 (1112),
+                               HGRN2 489 + 758 (1213), no spills; not done: too little, and products are rounded
+chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated 3034
+                               (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
 gradients, others that spill   gated delta rule 486 (2 warps, none: 735); HGRN2 1293 (8 warps: 1811; 32 keys: 2349)
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
@@ -38,42 +46,123 @@ states kept in bf16            every 512 tokens, so that short sequences have se
                                against 595, 569
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
-fp32: chunk 16, 1 stage        tf32x3 products need three times the shared memory"""
+fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 64: 1809), simple GLA 1751 (2007, 3164),
+                               GLA 1957 (2404); solves in tiles of 16 values: delta rule 3146 (of 32: 4204; chunk 16:
+                               4014), KDA 5391 (4921), RWKV-7 8132 (9502)
+fp32, backward                 chunk 32: linear attention 3932 (16: 6280), GLA 5770 (6639). Chunk 16: delta rule 10862
+                               (12667), simple GLA 9224 (contractions not apart: 9905; chunk 32: 10867)
+fp32, products                 keys in tiles of 64, a loop of 2 stages over tiles of 32 values: delta rule 3557 (keys
+                               in tiles of 32, 1 stage: 8209)"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the rules tell recurrences apart by.
+
+    solves      a state's update reads the state: chunks have triangular systems
+    vector      decays differ along an axis; `scalar`: they do not
+    activated   log decays are functions of their token's numbers
+    normalised  an output is divided by what is read of a state
+    wide        an axis is longer than 128
+    """
+
+    solves: bool
+    vector: bool
+    scalar: bool
+    activated: bool
+    normalised: bool
+    wide: bool
+
+    @classmethod
+    def of(cls, program: Program, call: Call) -> Kind:
+        steps = [item for item in program.body if isinstance(item, Step)]
+        decays = [d for s in steps for d in s.decays]
+        vector = any(d.factor.axes for d in decays)
+        return cls(
+            any(s.feedbacks for s in steps),
+            vector,
+            bool(decays) and not vector,
+            any(_activated(program, d) for d in decays),
+            normalised(program),
+            max((size for _, size in call.sizes), default=16) > 128,
+        )
 
 
 def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
     """The choice for a scan in chunks."""
-    steps = _steps(program)
-    solves = any(s.feedbacks for s in steps)
-    decays = [d for s in steps for d in s.decays]
-    vector = any(d.factor.axes for d in decays)
+    kind, backward = Kind.of(program, call), direction == "backward"
     if call.dtype == "fp32":
-        return _full_precision(solves, vector)
-    activated = any(_activated(program, d) for d in decays)
-    largest = max((size for _, size in call.sizes), default=16)
-    cancel = normalised(program)
-    wide = largest > 128
+        choice = _full_precision(kind, backward)
+    else:
+        choice = _half_precision(kind, backward, few=not _fills(_programs(call, batch, 64)))
+    section = _section(program, kind, call, batch, length, choice.chunk) if backward else 0
+    span = 0 if kind.solves else _span(kind, call, batch, section or length)
+    return replace(choice, section=section, span=span)
+
+
+def _half_precision(kind: Kind, backward: bool, few: bool) -> Choice:
+    solves, vector, wide = kind.solves, kind.vector, kind.wide
     tile = 32 if wide else 64
-    chunk = 32 if solves or vector or cancel or wide else 64
+    chunk = 32 if solves or vector or wide or kind.normalised else 64
     stages = 3 if chunk == 32 else 2
-    few = solves and not _fills(_programs(call, batch, 64))
-    section = _section(call, batch, length, chunk, solves, vector) if direction == "backward" else 0
+    ahead = 3 if vector and not kind.activated else 1
     return Choice(
         chunk=chunk,
-        span=_span(call, batch, section or length, vector) if may_cut(program) else 0,
-        section=section,
-        prepare=solves or vector or (bool(decays) and (direction == "forward" or activated)),
+        prepare=solves or vector or (kind.scalar and (kind.activated or not backward)),
         prepare_rows=vector,
         products=solves,
         default=Tuning(block=tile, num_warps=4, num_stages=stages),
         kernels=(
-            ("prepare", Tuning(0, 0, 2 if chunk == 64 else 1, 1, inner=16 if vector else 0)),
+            ("prepare", Tuning(0, 0, 2 if chunk == 64 else 1, ahead, inner=16 if vector else 0)),
             ("spans", Tuning(tile, 0, 4, 3)),
             ("adjoint_spans", Tuning(tile, 0, 4, 3)),
-            ("adjoint", Tuning(32, 0, 4, 4) if few and not wide else Tuning(tile, 0, 4, stages)),
+            (
+                "adjoint",
+                Tuning(32, 0, 4, 4) if solves and few and not wide else Tuning(tile, 0, 4, stages),
+            ),
             ("states", Tuning(tile, 0, 4, 3 if solves or vector else 2)),
             ("products", Tuning(64, 0, 4, 1, inner=64) if wide else Tuning(0, 0, 4, 1)),
-            ("gradients", _gradients(steps, cancel, activated)),
+            ("gradients", _gradients(kind)),
+        ),
+    )
+
+
+def _gradients(kind: Kind) -> Tuning:
+    """A loop over small tiles of keys where contractions over values are done; else a loop over values."""
+    if kind.normalised:
+        return Tuning(0, 0, 8, 1, full=True)
+    if kind.solves:
+        warps, stages = (2, 2) if kind.vector else (1, 1 if kind.scalar else 3)
+        return Tuning(0, 0, warps, stages, inner=16)
+    if kind.scalar:
+        return Tuning(0, 0, 4, 3, inner=32) if kind.activated else Tuning(0, 0, 4, 2, inner=64)
+    return Tuning(64, 0, 4, 3, inner=32)
+
+
+def _full_precision(kind: Kind, backward: bool) -> Choice:
+    """A product takes three times the registers and shared memory that it does in half precision."""
+    solves, vector, scalar = kind.solves, kind.vector, kind.scalar
+    products = solves or scalar
+    chunk = 16 if kind.normalised or (backward and products) else 32
+    tile = 32 if kind.wide else 64
+    stages = 2 if scalar else 3
+    one_warp = solves if chunk == 16 else vector and not solves
+    return Choice(
+        chunk=chunk,
+        prepare=True,
+        prepare_rows=vector,
+        products=products,
+        default=Tuning(16 if solves and not backward else tile, 0, 4, stages),
+        kernels=(
+            ("prepare", Tuning(0, 0, 1 if one_warp else 2, 1, inner=16 if vector else 0)),
+            ("adjoint", Tuning(16, 0, 4, 4) if solves else Tuning(tile, 0, 4, stages)),
+            ("products", Tuning(64, 0, 4, 2, inner=32)),
+            (
+                "gradients",
+                Tuning(0, 0, 2 if vector else 1, 1, inner=16)
+                if products
+                else Tuning(64, 0, 4, 3, inner=32 if vector or kind.normalised else 16),
+            ),
         ),
     )
 
@@ -100,56 +189,25 @@ def _activated(program: Program, decay: Decay) -> bool:
     )
 
 
-def _gradients(steps: Sequence[Step], cancel: bool, activated: bool) -> Tuning:
-    """A loop over small tiles of keys where contractions over values are done; else a loop over values."""
-    if cancel:
-        return Tuning(0, 0, 8, 1, full=True)
-    vector = any(d.factor.axes for s in steps for d in s.decays)
-    if any(s.feedbacks for s in steps):
-        return Tuning(0, 0, 2 if vector else 1, 1, inner=16)
-    if any(s.decays for s in steps) and not vector:
-        return Tuning(0, 0, 4, 2, inner=32 if activated else 64)
-    return Tuning(64, 0, 4, 3, inner=32)
-
-
-def _full_precision(solves: bool, vector: bool) -> Choice:
-    return Choice(
-        chunk=16,
-        prepare=solves or vector,
-        prepare_rows=vector,
-        default=Tuning(block=64, num_warps=4, num_stages=1),
-        kernels=(
-            ("prepare", Tuning(0, 0, 4 if vector else 1, 1)),
-            ("states", Tuning(64, 0 if solves else 64, 4, 1)),
-            ("gradients", Tuning(32, 0, 4, 1)),
-        ),
-    )
-
-
-def _steps(program: Program) -> list[Step]:
-    return [item for item in program.body if isinstance(item, Step)]
-
-
-def may_cut(program: Program) -> bool:
-    """Whether a sequence may be cut into spans: the map of one must be a scalar or a diagonal."""
-    return not any(s.feedbacks for s in _steps(program))
-
-
 SECTIONED = 32 * 2**20
 """Bytes of states from which on a backward goes section by section."""
 
 
-def _section(call: Call, batch: int, length: int, chunk: int, solves: bool, vector: bool) -> int:
+def _section(program: Program, kind: Kind, call: Call, batch: int, length: int, chunk: int) -> int:
     """Tokens of sections: as few as keep the SMs busy. A sequence too short for that goes in halves (vector decays) or
-    quarters, if its scans fill the SMs without being cut, or are too short to be cut.
+    quarters, if its scans fill the SMs without being cut, or are too short to be cut. States that take no more than the
+    inputs stay whole.
     """
     sizes, programs = dict(call.sizes), _programs(call, batch, 64)
-    states = 4 * batch * call.heads * length // chunk * sizes.get("K", 1) * sizes.get("V", 1)
-    busy = (1.4 if solves else 1.9) * device().sms
-    section = 1024 * math.ceil(busy / programs)
+    rows = DTYPE_BYTES[call.dtype] * batch * length * call.heads
+    inputs = sum(rows * prod(sizes[a] for a in v.axes) for v in program.inputs if v.kind == "token")
+    states = 2 * rows // chunk * sizes.get("K", 1) * sizes.get("V", 1)
+    busy = (1.4 if kind.solves else 1.9) * device().sms
+    section = 1024 * ceil(busy / programs)
     if section >= length and (_fills(programs) or length < 2048):
-        section = max(KEPT_SPAN, length // (2 if vector else 4) // KEPT_SPAN * KEPT_SPAN)
-    return section if states >= SECTIONED and section < length else 0
+        section = max(KEPT_SPAN, length // (2 if kind.vector else 4) // KEPT_SPAN * KEPT_SPAN)
+    large = states >= SECTIONED and states > inputs
+    return section if large and section < length else 0
 
 
 def _programs(call: Call, batch: int, tile: int) -> int:
@@ -162,8 +220,9 @@ def _fills(programs: int) -> bool:
     return 1.1 * programs >= device().sms
 
 
-def _span(call: Call, batch: int, length: int, vector: bool) -> int:
+def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
     """Tokens of spans that just fill the SMs with two blocks each, at least 1024; 0 where the sequence stays whole."""
     programs = _programs(call, batch, 64)
-    spans = 1 if vector and _fills(programs) else min(2 * device().sms // programs, length // 1024)
+    alone = kind.vector and _fills(programs)
+    spans = 1 if alone else min(2 * device().sms // programs, length // 1024)
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0

@@ -47,7 +47,7 @@ def spread(text: str, dims: Sequence[str], over: Sequence[str]) -> str:
 
 
 UNARY: dict[str, str] = {
-    "neg": "-{0}", "exp": "tl.exp({0})", "log": "tl.log({0})", "log1p": "log1p({0})", "sigmoid": "tl.sigmoid({0})",
+    "neg": "-{0}", "exp": "exp({0})", "log": "tl.log({0})", "log1p": "log1p({0})", "sigmoid": "tl.sigmoid({0})",
     "logsigmoid": "logsigmoid({0})", "softplus": "softplus({0})", "tanh": "tanh({0})",
     "sqrt": "tl.sqrt({0})", "rsqrt": "tl.rsqrt({0})", "recip": "1.0 / {0}", "abs": "tl.abs({0})",
     "sign": "sign({0})", "relu": "tl.maximum({0}, 0.0)", "sin": "tl.sin({0})", "cos": "tl.cos({0})",
@@ -114,7 +114,7 @@ CHUNK_OPS = frozenset(
     "prefix suffix segment between causal inverse pairs diagonal diagonal_of level_sums level_gather".split()
 )
 DEVICE_FUNCTIONS = (
-    "log1p softplus logsigmoid tanh sign isfinite power running_sum running_suffix exclusive_prefix exclusive_suffix "
-    "segment_sums between "
+    "exp log1p softplus logsigmoid tanh sign isfinite power running_sum running_suffix "
+    "exclusive_prefix exclusive_suffix segment_sums between "
     "level_sums level_gather level_sign reach first_near pairs on_diagonal diagonal_of inverse_unit_lower find_sequence"
 ).split()
