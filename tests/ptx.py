@@ -62,7 +62,7 @@ class Kernel:
                 if mask is None or mask.any() != mask.all():
                     raise Unknown(lines[at - 1])
                 at = labels[operands[0]] if mask.all() else at
-            elif op.startswith(("st.global", "ld.global", "cp.async.cg")):
+            elif op.startswith(("st.global", "ld.global", "cp.async.cg", "cp.async.ca")):
                 self.touch(op, operands, mask)
             elif "." in op and not op.startswith(
                 ("st.", "ldmatrix", "stmatrix", "wgmma", "bar", "fence", "cp.")

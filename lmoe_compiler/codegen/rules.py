@@ -155,7 +155,7 @@ def _full_precision(kind: Kind, backward: bool) -> Choice:
         default=Tuning(16 if solves and not backward else tile, 0, 4, stages),
         kernels=(
             ("prepare", Tuning(0, 0, 1 if one_warp else 2, 1, inner=16 if vector else 0)),
-            ("adjoint", Tuning(16, 0, 4, 4) if solves else Tuning(tile, 0, 4, stages)),
+            ("adjoint", Tuning(32, 0, 4, 4) if solves else Tuning(tile, 0, 4, stages)),
             ("products", Tuning(64, 0, 4, 2, inner=32)),
             (
                 "gradients",
