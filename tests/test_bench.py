@@ -222,7 +222,8 @@ def test_a_search_that_cannot_compile_stops_at_once(tmp_path, monkeypatch, capsy
 
 def row(op, shape, side, **columns):
     known = {"what": "measure", "op": op, "shape": list(shape), "side": side, "dtype": "bf16"}
-    return known | columns
+    made_on = {"device": "a GPU", "torch": "2.11.0", "triton": "3.7.1"}
+    return known | made_on | columns
 
 
 def written(tmp_path, rows):
@@ -238,7 +239,9 @@ def measured(us, **more):
 
 
 def test_the_table_and_its_gates(tmp_path, capsys):
-    """Of two rows for a cell the last counts; a first call's row keeps its columns; a failed cell is named."""
+    """Of two rows for a cell the last counts; a first call's row keeps its columns; a cell that failed, or was not
+    reached, is named.
+    """
     shape, small = GATE_SHAPES[1], GATE_SHAPES[3]
     rows = [
         row("gla", shape, "ours", what="first") | {"what": "first", "first_call_s": 8.0},
@@ -248,6 +251,7 @@ def test_the_table_and_its_gates(tmp_path, capsys):
         row("gla", small, "ours", **measured(10.0)),
         row("gla", small, "fla", **measured(20.0, sample=[1.0, 2.5])),
         row("kda", shape, "ours", error="exit 1: illegal memory access"),
+        row("kda", small, "ours") | {"what": "first", "first_call_s": 2.0},
     ]
     path = written(tmp_path, rows)
     assert table.main([str(path)]) == 1
@@ -255,6 +259,7 @@ def test_the_table_and_its_gates(tmp_path, capsys):
     assert "| gla | 2, 16384, 16, 128 | 100 | 50% | 250 | 2.50 | 300 | 50% | 750 | 2.50 |" in text
     assert "| 8.0, 1.5 |" in text
     assert "ours kda 2, 16384, 16, 128: exit 1: illegal memory access" in text
+    assert "ours kda 8, 1024, 8, 64: not measured" in text
     assert "output differs from ours" in text
     assert path.with_suffix(".md").read_text().strip() == text.strip()
     found = {v.gate: v for v in gates.verdicts(table.read(path))}

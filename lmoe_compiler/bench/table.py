@@ -45,8 +45,9 @@ def read(path: Path) -> dict[Key, Row]:
         row: Row = json.loads(text)
         cell = cells.setdefault((row["op"], tuple(row["shape"]), row["side"]), {})
         if row["what"] == "first":
-            found = {f"cold_{k}": row[k] for k in ("first_call_s", "first_backward_s") if k in row}
-            cell |= found | ({"cold_error": row["error"]} if "error" in row else {})
+            named = ("first_call_s", "first_backward_s", "error")
+            cell |= {k: row[k] for k in ("dtype", "device", "torch", "triton") if k in row}
+            cell |= {f"cold_{k}": row[k] for k in named if k in row}
         else:
             kept = {k: v for k, v in cell.items() if k.startswith("cold_")}
             cells[row["op"], tuple(row["shape"]), row["side"]] = kept | row
@@ -138,6 +139,8 @@ def notes(cells: dict[Key, Row]) -> list[str]:
     for (op, shape, side), row in cells.items():
         where = f"{side} {op} {_shape(shape)}"
         lines += [f"{where}: {row[k]}" for k in ("error", "cold_error") if k in row]
+        if "what" not in row:
+            lines.append(f"{where}: not measured")
         if row.get("searched"):
             lines.append(f"{where}: searched {len(row['searched'])} kernels in the timed process")
         if not row.get("finite", True):
