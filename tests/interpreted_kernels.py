@@ -49,6 +49,9 @@ PLANS = {
         PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))
     ),
     "products": replace(PREPARED, products=True, kernels=(("products", Tuning(block=16)),)),
+    "products in sections": replace(
+        PREPARED, products=True, section=32, kernels=(("products", Tuning(block=16)),)
+    ),
     "fused": replace(PREPARED, fused=True),
 }
 

@@ -28,34 +28,20 @@ kernels = gated.with_options(implementation="triton")
 
 
 def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
-    """Before 3.7, loops of stages around a solve, and fp32 in more than one stage."""
-
-    def request(name, direction, dtype="bf16"):
-        return request_of(RECURRENCES[name].program(), direction, (1, 16384, 16, 128), dtype)
-
-    def stages(asked):
-        choice = asked.choice()
-        return {
-            k: choice.tuning(k).num_stages for k in ("prepare", "states", "adjoint", "gradients")
-        }
-
-    kda, gla, full = (
-        request("kda", "backward"),
-        request("gla", "backward"),
-        request("kda", "backward", "fp32"),
-    )
-    wanted = {"prepare": 3, "states": 3, "adjoint": 4, "gradients": 2}
-    monkeypatch.setattr(miscompiled, "_before", lambda *_: False)
-    assert stages(kda) == wanted
-    assert not miscompiled.affected(kda.program)
-    assert [r.choice() == r.wanted and not r.notes() for r in (kda, gla, full)] == [True] * 3
-    monkeypatch.setattr(miscompiled, "_before", lambda *_: True)
-    assert stages(kda) == wanted | {"prepare": 1, "states": 1, "gradients": 1}
-    assert stages(full) == dict.fromkeys(wanted, 1)
-    assert [bool(r.notes()) for r in (kda, gla, full)] == [True, False, True]
-    assert gla.choice() == gla.wanted
-    step = request("kda", "step")
-    assert step.choice() == step.wanted
+    """Before 3.7, states of a solve in a loop of stages."""
+    requests = {
+        name: request_of(RECURRENCES[name].program(), "backward", (1, 16384, 16, 128))
+        for name in ("kda", "gla")
+    }
+    for before in (True, False):
+        monkeypatch.setattr(miscompiled, "_before", lambda *_, old=before: old)
+        stages = {n: r.choice().tuning("states").num_stages for n, r in requests.items()}
+        assert stages == {"kda": 1 if before else 3, "gla": 3}
+        assert [bool(miscompiled.notes(r.wanted, r.program)) for r in requests.values()] == [
+            before,
+            False,
+        ]
+    assert requests["kda"].choice() == requests["kda"].rule()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmoe_compiler import layout
-from lmoe_compiler.codegen import first_use, sequential, stepping, tuned
+from lmoe_compiler.codegen import first_use, miscompiled, sequential, stepping, tuned
 from lmoe_compiler.codegen.backward import backward_plan
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.describe import header, lines
@@ -25,7 +25,7 @@ from lmoe_compiler.codegen.fit import DoesNotFit, relieved, smaller, too_large
 from lmoe_compiler.codegen.forward import forward_plan, step_plan
 from lmoe_compiler.codegen.launch import Executable
 from lmoe_compiler.codegen.launcher import interpreting
-from lmoe_compiler.codegen.miscompiled import avoided, notes
+from lmoe_compiler.codegen.miscompiled import avoided
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.plan import KEPT_SPAN, OUTPUT, Call, Choice, Plan, Value, kept_states
 from lmoe_compiler.codegen.prepare import Prepared
@@ -210,16 +210,10 @@ class Request:
 
     def choice(self) -> Choice:
         """How the call is run: as measured, else by the rules, but for what is compiled wrongly."""
-        if self.is_step:
-            return self.wanted
-        chosen, size = avoided(self.wanted, self.program, self.call), self.options.chunk_size
-        if size is None:
+        chosen, size = avoided(self.wanted, self.program), self.options.chunk_size
+        if size is None or self.is_step:
             return chosen
         return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
-
-    def notes(self) -> list[str]:
-        """Why it is not run as wanted."""
-        return notes(self.wanted, self.program, self.call)
 
     def rule(self) -> Choice:
         """How the call is run where nobody has measured."""
@@ -290,7 +284,7 @@ def _first(
 def executable_of(request: Request) -> Executable:
     kind = request.kind
     if kind not in _executables:
-        notes = request.notes() if request.is_backward else []
+        notes = miscompiled.notes(request.wanted, request.program) if request.is_backward else []
         _executables[kind] = request.make(request.choice(), [*first_use.notes(), *notes])
     return _executables[kind]
 

@@ -21,7 +21,7 @@ from lmoe_compiler.codegen.launcher import Launcher, compile_together, interpret
 from lmoe_compiler.codegen.load import load_module
 from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import Kernel, Plan
-from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared
+from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared, Sum
 from lmoe_compiler.codegen.triton import print_module
 
 
@@ -30,6 +30,10 @@ def allocate(
 ) -> Tensor:
     """A tensor that kernels write; with strides, torch takes two thirds of the time."""
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def added_up(parts: Tensor, one: Sum) -> Tensor:
+    return parts.flatten()[: prod(one.shape)].view(one.shape).sum(0)
 
 
 def current_stream(device: int) -> int:
@@ -121,13 +125,18 @@ class Executable:
             if workspace is not None:
                 base = workspace.data_ptr()
                 values += [base + offset for offset in prepared.offsets]
+            values += [0] * prepared.summed
             stream = current_stream(index)
+            kept = []
             for one in prepared.launches:
                 args = [values[slot] for slot in one.slots]
                 launch(one.launcher.compiled[index], one.grid, stream, args, one)
-                for slot in one.parts:
-                    tensors[slot] = tensors[slot].sum(0)
-                    values[slot] = tensors[slot].data_ptr()
+                for parts in one.sums:
+                    total = added_up(tensors[parts.slot], parts)
+                    kept.append(total)
+                    values[parts.total] = total.data_ptr()
+                    if parts.total == parts.slot:
+                        tensors[parts.slot] = total
         return [tensors[slot] for slot in prepared.results]
 
     def _through_jit(
@@ -143,6 +152,7 @@ class Executable:
             assert workspace is not None
             size = prod(m.shape) * m.dtype.itemsize
             values.append(workspace[offset : offset + size].view(m.dtype).view(m.shape))
+        values += [tensors[0]] * prepared.summed
         aligned = prepared.narrow and all(x.data_ptr() % 16 == 0 for x in tensors)
 
         def arguments(one: Launch) -> list[Any]:
@@ -152,7 +162,9 @@ class Executable:
             compile_together([(one.launcher, arguments(one)) for one in prepared.launches])
         for one in prepared.launches:
             one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
-            for slot in one.parts:
-                tensors[slot] = values[slot] = values[slot].sum(0)
+            for parts in one.sums:
+                values[parts.total] = added_up(tensors[parts.slot], parts)
+                if parts.total == parts.slot:
+                    tensors[parts.slot] = values[parts.total]
         if all(index in one.launcher.compiled for one in prepared.launches) and prepared.narrow:
             prepared.ready.add(index)

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 from lmoe_compiler.codegen.fit import DoesNotFit
-from lmoe_compiler.codegen.miscompiled import affected
 from lmoe_compiler.codegen.plan import Kernel, Plan
 from lmoe_compiler.codegen.triton import function_name
 
@@ -81,7 +80,7 @@ def _constants(plan: Plan, names: Mapping[str, int | str]) -> dict[str, Any]:
 
     from lmoe_compiler.codegen.device import FULL
 
-    full = "tf32x3" if affected(plan.program) else FULL.value
+    full = FULL.value
     half = plan.dtype != "fp32" and not plan.walks
     settings = {
         "DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[plan.dtype] if half else tl.float32,

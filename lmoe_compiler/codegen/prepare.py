@@ -46,23 +46,31 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """Parts that a kernel leaves, [parts, ...] as many elements of `slot` as `shape` has, are added up into `total`."""
+
+    slot: int
+    shape: tuple[int, ...]
+    total: int
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One kernel of a call. Arguments: slots (inputs, own tensors, the workspace), lengths, constants."""
+    """One kernel of a call. Arguments: slots (inputs, own tensors, the workspace, sums), lengths, constants."""
 
     launcher: Launcher
     grid: int
     slots: tuple[int, ...]
     lengths: tuple[int, ...]
     constants: tuple[Any, ...]
-    # Slots of own tensors that are parts of sums, once it has run.
-    parts: tuple[int, ...]
+    sums: tuple[Sum, ...]
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What calls of one extent have in common. The workspace begins with what has to be zero.
 
-    `ready` are the devices on which every kernel has run.
+    `summed` is how many sums the kernels read, and `ready` the devices on which every kernel has run.
     """
 
     own: tuple[Made, ...]
@@ -72,6 +80,7 @@ class Prepared:
     zeros: int
     launches: tuple[Launch, ...]
     results: tuple[int, ...]
+    summed: int
     narrow: bool
     ready: set[int | None] = field(default_factory=set)
 
@@ -102,15 +111,16 @@ class Preparation:
         zeros = sum(m.bytes for m in shared if m.zeros)
         offsets = self.offsets(shared)
         names = [*self.given, *(m.name for m in (*own, *shared))]
-        place = {name: i for i, name in enumerate(names)}
+        summed = [total_of(m.name) for m in own if m.name not in self.results]
+        place = {name: i for i, name in enumerate([*names, *summed])}
         launches: list[Launch] = []
         for number, section in enumerate(sections):
             here = place | self.between(place, number, last=number == len(sections) - 1)
             launches += self.launches(extent, section, here)
         # Parts of a result are added up when all sections have left theirs.
-        ends = {slot: i for i, one in enumerate(launches) for slot in one.parts}
+        ends = {x.slot: i for i, one in enumerate(launches) for x in one.sums}
         launches = [
-            replace(one, parts=tuple(slot for slot in one.parts if ends[slot] == i))
+            replace(one, sums=tuple(x for x in one.sums if x.total != x.slot or ends[x.slot] == i))
             for i, one in enumerate(launches)
         ]
         return Prepared(
@@ -121,6 +131,7 @@ class Preparation:
             zeros,
             tuple(launches),
             tuple(place[name] for name in self.results),
+            len(summed),
             extent.batch * extent.length < 2**31,
         )
 
@@ -180,7 +191,11 @@ class Preparation:
         within = replace(extent, length=length)
         for launcher in self.launchers:
             kernel = launcher.kernel
-            slots = [place[name] for name in launcher.names]
+            own = {identifier(v.name) for v in kernel.written}
+            read = [name if name in own else total_of(name) for name in launcher.names]
+            slots = [
+                place.get(x, place[name]) for x, name in zip(read, launcher.names, strict=True)
+            ]
             numbers: list[Any] = []
             if extent.varlen:
                 slots.append(place["cu_seqlens"])
@@ -193,7 +208,20 @@ class Preparation:
             numbers += [start, extent.length] if self.plan.passed else []
             numbers.append(length)
             written = kernel.written if kernel.levels != "near" else ()
-            parts = [place[identifier(v.name)] for v in written if v.parts]
+            sums = [self.sum(v, kernel, extent, within, place) for v in written if v.parts]
             constants = tuple(launcher.constants.values())
             if grid:
-                yield Launch(launcher, grid, tuple(slots), tuple(numbers), constants, tuple(parts))
+                yield Launch(launcher, grid, tuple(slots), tuple(numbers), constants, tuple(sums))
+
+    def sum(
+        self, value: Value, kernel: Kernel, extent: Extent, within: Extent, place: Mapping[str, int]
+    ) -> Sum:
+        """Of a result in its place; what other kernels read is added up in every section, beside its parts."""
+        name = identifier(value.name)
+        shape = shape_of(value, self.plan, extent if value.whole else within, kernel)
+        return Sum(place[name], shape, place.get(total_of(name), place[name]))
+
+
+def total_of(name: str) -> str:
+    """The name of the sum of a value's parts."""
+    return f"{name}_total"
