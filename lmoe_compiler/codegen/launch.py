@@ -33,6 +33,7 @@ def allocate(
 
 
 def added_up(parts: Tensor, one: Sum) -> Tensor:
+    """Of the first elements, as many as there are now: a shorter section leaves fewer."""
     return parts.flatten()[: prod(one.shape)].view(one.shape).sum(0)
 
 
@@ -119,25 +120,22 @@ class Executable:
         values = [x.data_ptr() for x in tensors]
         bits = functools.reduce(operator.or_, values)
         index = device.index
+        totals: dict[int, Tensor] = {}
         if index not in prepared.ready or bits & 15 or _hooked():
-            self._through_jit(prepared, tensors, workspace, index)
+            self._through_jit(prepared, tensors, workspace, index, totals)
         else:
             if workspace is not None:
                 base = workspace.data_ptr()
                 values += [base + offset for offset in prepared.offsets]
-            values += [0] * prepared.summed
+            values += [values[slot] for slot in prepared.totals]
             stream = current_stream(index)
-            kept = []
             for one in prepared.launches:
                 args = [values[slot] for slot in one.slots]
                 launch(one.launcher.compiled[index], one.grid, stream, args, one)
                 for parts in one.sums:
-                    total = added_up(tensors[parts.slot], parts)
-                    kept.append(total)
-                    values[parts.total] = total.data_ptr()
-                    if parts.total == parts.slot:
-                        tensors[parts.slot] = total
-        return [tensors[slot] for slot in prepared.results]
+                    totals[parts.total] = added_up(tensors[parts.slot], parts)
+                    values[parts.total] = totals[parts.total].data_ptr()
+        return [totals[slot] if slot in totals else tensors[slot] for slot in prepared.results]
 
     def _through_jit(
         self,
@@ -145,6 +143,7 @@ class Executable:
         tensors: list[Tensor],
         workspace: Tensor | None,
         index: int | None,
+        totals: dict[int, Tensor],
     ) -> None:
         """The same with tensors as arguments: the first time, in the interpreter, and for unaligned inputs."""
         values: list[Tensor] = list(tensors)
@@ -152,7 +151,7 @@ class Executable:
             assert workspace is not None
             size = prod(m.shape) * m.dtype.itemsize
             values.append(workspace[offset : offset + size].view(m.dtype).view(m.shape))
-        values += [tensors[0]] * prepared.summed
+        values += [tensors[slot] for slot in prepared.totals]
         aligned = prepared.narrow and all(x.data_ptr() % 16 == 0 for x in tensors)
 
         def arguments(one: Launch) -> list[Any]:
@@ -163,8 +162,6 @@ class Executable:
         for one in prepared.launches:
             one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
             for parts in one.sums:
-                values[parts.total] = added_up(tensors[parts.slot], parts)
-                if parts.total == parts.slot:
-                    tensors[parts.slot] = values[parts.total]
+                totals[parts.total] = values[parts.total] = added_up(tensors[parts.slot], parts)
         if all(index in one.launcher.compiled for one in prepared.launches) and prepared.narrow:
             prepared.ready.add(index)

@@ -47,7 +47,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Sum:
-    """Parts that a kernel leaves, [parts, ...] as many elements of `slot` as `shape` has, are added up into `total`."""
+    """Parts that a kernel leaves in `slot`, [parts, ...], are added up: other kernels and callers get `total`."""
 
     slot: int
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class Launch:
 class Prepared:
     """What calls of one extent have in common. The workspace begins with what has to be zero.
 
-    `summed` is how many sums the kernels read, and `ready` the devices on which every kernel has run.
+    `totals` are the slots of the parts of sums, and `ready` the devices on which every kernel has run.
     """
 
     own: tuple[Made, ...]
@@ -80,7 +80,7 @@ class Prepared:
     zeros: int
     launches: tuple[Launch, ...]
     results: tuple[int, ...]
-    summed: int
+    totals: tuple[int, ...]
     narrow: bool
     ready: set[int | None] = field(default_factory=set)
 
@@ -111,16 +111,19 @@ class Preparation:
         zeros = sum(m.bytes for m in shared if m.zeros)
         offsets = self.offsets(shared)
         names = [*self.given, *(m.name for m in (*own, *shared))]
-        summed = [total_of(m.name) for m in own if m.name not in self.results]
-        place = {name: i for i, name in enumerate([*names, *summed])}
+        parts = [m.name for m in own if m.parts]
+        place = {name: i for i, name in enumerate([*names, *map(total_of, parts)])}
+        results = tuple(place.get(total_of(name), place[name]) for name in self.results)
         launches: list[Launch] = []
         for number, section in enumerate(sections):
             here = place | self.between(place, number, last=number == len(sections) - 1)
             launches += self.launches(extent, section, here)
-        # Parts of a result are added up when all sections have left theirs.
-        ends = {x.slot: i for i, one in enumerate(launches) for x in one.sums}
+        # Parts of a result are added up when all sections have left theirs, others in each section.
+        ends = {
+            x.total: i for i, one in enumerate(launches) for x in one.sums if x.total in results
+        }
         launches = [
-            replace(one, sums=tuple(x for x in one.sums if x.total != x.slot or ends[x.slot] == i))
+            replace(one, sums=tuple(x for x in one.sums if ends.get(x.total, i) == i))
             for i, one in enumerate(launches)
         ]
         return Prepared(
@@ -130,8 +133,8 @@ class Preparation:
             max((at + m.bytes for at, m in zip(offsets, shared, strict=True)), default=0),
             zeros,
             tuple(launches),
-            tuple(place[name] for name in self.results),
-            len(summed),
+            results,
+            tuple(place[name] for name in parts),
             extent.batch * extent.length < 2**31,
         )
 
@@ -192,9 +195,9 @@ class Preparation:
         for launcher in self.launchers:
             kernel = launcher.kernel
             own = {identifier(v.name) for v in kernel.written}
-            read = [name if name in own else total_of(name) for name in launcher.names]
             slots = [
-                place.get(x, place[name]) for x, name in zip(read, launcher.names, strict=True)
+                place[name] if name in own else place.get(total_of(name), place[name])
+                for name in launcher.names
             ]
             numbers: list[Any] = []
             if extent.varlen:
@@ -216,10 +219,10 @@ class Preparation:
     def sum(
         self, value: Value, kernel: Kernel, extent: Extent, within: Extent, place: Mapping[str, int]
     ) -> Sum:
-        """Of a result in its place; what other kernels read is added up in every section, beside its parts."""
+        """The shape is that of a section's parts, but for what comes from all sections."""
         name = identifier(value.name)
         shape = shape_of(value, self.plan, extent if value.whole else within, kernel)
-        return Sum(place[name], shape, place.get(total_of(name), place[name]))
+        return Sum(place[name], shape, place[total_of(name)])
 
 
 def total_of(name: str) -> str:
