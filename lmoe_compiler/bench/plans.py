@@ -10,7 +10,7 @@ from lmoe_compiler.bench.workloads import DTYPES, Shape
 from lmoe_compiler.codegen.compiled import Request
 from lmoe_compiler.codegen.cost import B, H, T, device, estimate
 from lmoe_compiler.codegen.names import printable
-from lmoe_compiler.codegen.plan import Call, Plan
+from lmoe_compiler.codegen.plan import Plan
 from lmoe_compiler.codegen.run import with_columns
 from lmoe_compiler.codegen.triton import function_name
 from lmoe_compiler.config import Options
@@ -34,11 +34,6 @@ def request_of(program: Program, direction: str, shape: Shape, dtype: str = "bf1
     ]
     ends = tuple(False for _ in program.states) if direction == "backward" else ()
     return Request(direction, printable(program), specs, step, None, ends, Options())
-
-
-def call_of(program: Program, shape: Shape) -> Call:
-    """The plan's view of a benchmark call."""
-    return request_of(program, "backward", shape).call
 
 
 def plan_of(op: str, direction: str, shape: Shape, dtype: str = "bf16") -> Plan:
