@@ -32,3 +32,30 @@ def test_names_of_dims(keys, values, nonlinear):
         both = [[o, *torch.autograd.grad(o.square().sum(), inputs)] for o in outputs]
         for found, expected in zip(*both, strict=True):
             torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("query", "key"), [("exp", "reach"), ("k", "k_total")])
+def test_names_of_inputs(query, key):
+    """Functions that kernels call, and what sums of parts are found by."""
+
+    source = (
+        f"def step(S, {query}, {key}, value, g):\n"
+        f"    S = g.exp()[:, None] * S + torch.outer({key}, value)\n"
+        f"    return S, S.T @ {query}\n"
+    )
+    scope = {"torch": torch}
+    exec(source, scope)
+    step = scope["step"]
+    K, V = (type(name, (Dim,), {"__doc__": name}) for name in "KV")
+    step.__annotations__ = {
+        "S": State[K, V], query: Token[K], key: Token[K], "value": Token[V], "g": Token[K],
+    }  # fmt: skip
+    recurrence = lmoe.recurrence(step)
+    inputs = [torch.randn(1, 20, 2, size) for size in (6, 6, 5)]
+    inputs = [x.requires_grad_() for x in (*inputs, -torch.rand(1, 20, 2, 6))]
+    both = []
+    for r in (recurrence.with_options(implementation="triton"), recurrence.reference):
+        o = r(*inputs)
+        both.append([o, *torch.autograd.grad(o.square().sum(), inputs)])
+    for found, expected in zip(*both, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+from lmoe_compiler.codegen.statements import DEVICE_FUNCTIONS
 from lmoe_compiler.ir.nodes import Next, Node, Program, Read, Step, Var, substitute
 
 RESERVED = frozenset(
     "o T N H C TOKENS SEGMENTS LEVELS DOT PRECISION INVERSE SPLIT NEAR FAR PROGRAMS SPAN T_0 T_ALL tl triton range"
-    " cu_seqlens bos start level find_sequence".split()
-)
+    " cu_seqlens bos start level".split()
+).union(DEVICE_FUNCTIONS)
 GRADIENT = "do"
 PREFIXED = re.compile(
     r"([biomn]|sum)_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay|columns|dim|\d+)"

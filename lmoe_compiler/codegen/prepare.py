@@ -226,5 +226,5 @@ class Preparation:
 
 
 def total_of(name: str) -> str:
-    """The name of the sum of a value's parts."""
-    return f"{name}_total"
+    """What the sum of a value's parts is found by: no name of a tensor has a space."""
+    return f"{name} total"

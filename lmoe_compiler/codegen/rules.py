@@ -50,7 +50,9 @@ fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 
                                GLA 1957 (2404); solves in tiles of 16 values: delta rule 3146 (of 32: 4204; chunk 16:
                                4014), KDA 5391 (4921), RWKV-7 8132 (9502)
 fp32, backward                 chunk 32: linear attention 3932 (16: 6280), GLA 5770 (6639). Chunk 16: delta rule 10862
-                               (12667), simple GLA 9224 (contractions not apart: 9905; chunk 32: 10867)
+                               (12667; with the adjoint in tiles of 32 values, not 16: 11259, and those were compared
+                               with float64 at K = V = 128), simple GLA 9224 (contractions not apart:
+                               9905; chunk 32: 10867)
 fp32, products                 keys in tiles of 64, a loop of 2 stages over tiles of 32 values: delta rule 3557 (keys
                                in tiles of 32, 1 stage: 8209)"""
 
