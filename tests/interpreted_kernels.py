@@ -35,7 +35,7 @@ CHUNKED = (
 CHUNKED += ("hgrn2", "delta_rule", "gated_delta_rule", "kda", "rwkv7", "ttt_linear")
 ONE_OF_EACH = ("simple_gla", "gla", "gated_delta_rule", "kda")
 
-SCAN = Tuning(block=16, num_stages=2)
+SCAN = Tuning(block=16, num_stages=2, offsets=True)
 WHOLE = Choice(chunk=16, default=SCAN)
 PREPARED = replace(WHOLE, prepare=True, prepare_rows=True)
 PLANS = {

@@ -97,23 +97,25 @@ def test_forward_kernels_are_within_budget(name):
     within_budget(compiled(name, "--directions", "forward"))
 
 
+OVER_BUDGET = {
+    ("simple_gla", "gradients"): 92,
+    ("rwkv7", "products"): 136,
+    ("rwkv7", "gradients_far"): 452,
+}
+"""Bytes that they spill: what spills less takes longer (rules.RULES); far kernels have work where decays are strong."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("name", "kernels"),
-    [
-        ("linear_attention", {"states", "adjoint_spans", "adjoint", "gradients"}),
-        ("simple_gla", {"states", "adjoint_spans", "adjoint"}),
-        ("gla", {"prepare", "states", "adjoint_spans", "adjoint", "gradients"}),
-        ("delta_rule", {"prepare", "states", "adjoint", "products", "gradients"}),
-        ("gated_delta_rule", {"prepare", "states", "adjoint", "products"}),
-        ("kda", {"prepare", "states", "adjoint", "products", "gradients", "gradients_far"}),
-    ],
+    "name",
+    "linear_attention simple_gla mamba2 gla delta_rule gated_delta_rule kda rwkv7".split(),
 )
-def test_kernels_of_the_backward_are_within_budget(name, kernels):
-    """Gradients of simple GLA (168 B) and the gated delta rule (72 B) are not: others take longer (rules.RULES)."""
+def test_kernels_of_the_backward_are_within_budget(name):
     rows = compiled(name, "--directions", "backward")
-    within_budget([row for row in rows if row["kernel"] in kernels])
+    within_budget([row for row in rows if (name, row["kernel"]) not in OVER_BUDGET])
+    for row in rows:
+        assert row["spill_stores"] <= 1.1 * OVER_BUDGET.get((name, row["kernel"]), 64)
 
 
 @pytest.mark.slow
@@ -121,8 +123,6 @@ def test_kernels_of_the_backward_are_within_budget(name, kernels):
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
-        ("rwkv7", "2,16384,16,128", "bf16"),
-        ("mamba2", "2,16384,16,128", "bf16"),
         ("kda", "8,2048,32,256", "bf16"),
         ("gla", "2,16384,16,128", "fp32"),
         ("gated_delta_rule", "2,16384,16,128", "fp32"),

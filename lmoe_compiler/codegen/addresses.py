@@ -6,7 +6,7 @@ the signature.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmoe_compiler.codegen.names import axis_name, identifier
@@ -36,7 +36,7 @@ class _Known:
     """Nodes below which nothing needs to be written: they are loaded, or written already."""
 
     loaded: Mapping[Node, Value]
-    blocks: Mapping[int, Block]
+    blocks: Mapping[Hashable, Block]
 
     def __contains__(self, node: Node) -> bool:
         return node in self.loaded or id(node) in self.blocks
@@ -54,7 +54,7 @@ class Addresses:
         self.order = axis_order(
             [a for v in (*program.states, *program.inputs) for a in v.axes], first
         )
-        self.blocks: dict[int, Block] = {}
+        self.blocks: dict[Hashable, Block] = {}
         self.casts: dict[str, str] = {}
         self.lines: list[str] = []
         self.depth = 1
@@ -75,7 +75,7 @@ class Addresses:
         self.splits += [
             (axis, split(self.nodes, axis, self.cut, True) or {}) for axis, _ in kernel.inner
         ]
-        self.in_loop, self.level, self.guard = False, "", ""
+        self.in_loop, self.guard = False, ""
         self.at, self.slot, self.at_span = ("i_t", "m_t"), "i_slot", "i_s"
         if any(n.op == "inverse" for n in self.nodes if n not in self.cut):
             self.constants["LEVELS"] = plan.chunk.bit_length() - 1
@@ -128,10 +128,8 @@ class Addresses:
                 self.axes_used[self.axis(a)] = None
         dims = tuple(sorted((ROW, *axes), key=self.order))
         rows = spread("o_t", [ROW], dims)
-        terms = [
-            f"{pointer} + ({row} * {heads} + {head}) * ({width})",
-            f"{rows} * ({heads} * {width})",
-        ]
+        base = f"{pointer} + ({row} * {heads} + {head}) * ({width})"
+        terms = [f"{rows} * ({heads} * {width})"]
         masks = [spread(mask, [ROW], dims)]
         for position, axis in enumerate(axes):
             rest = " * ".join(
@@ -141,7 +139,9 @@ class Addresses:
             terms.append(f"{index} * ({rest})" if rest else index)
             if axis != SOURCE and self.masked(axis):
                 masks.append(spread(f"m_{axis_name(axis)}", [axis], dims))
-        return " + ".join(terms), " & ".join(masks), dims
+        place = " + ".join(terms)
+        place = f"{base} + ({place})" if self.kernel.tuning.offsets else f"{base} + {place}"
+        return place, " & ".join(masks), dims
 
     def state_block(
         self, pointer: str, index: str, axes: Sequence[str]

@@ -98,18 +98,6 @@ def running_sum(x, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def running_suffix(x, C: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of the rows from each on."""
-    if SPLIT and len(x.shape) == 2:
-        t = tl.arange(0, C)
-        onward = tl.where(t[:, None] <= t[None, :], 1.0, 0.0)
-        sums = weighted_sums(onward, x, SPLIT, PRECISION)
-    else:
-        sums = tl.cumsum(x, 0, reverse=True)
-    return sums
-
-
-@triton.jit
 def exclusive_prefix(x, C: tl.constexpr):
     """Sums of earlier rows, without a difference of sums."""
     t = tl.arange(0, C)

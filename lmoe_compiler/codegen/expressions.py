@@ -7,21 +7,19 @@ from functools import reduce
 
 from lmoe_compiler.codegen.addresses import Addresses
 from lmoe_compiler.codegen.names import axis_name, identifier
+from lmoe_compiler.codegen.near_form import is_running
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.statements import (
     CHUNK_OPS,
     COMPARISONS,
     Block,
+    Type,
     chunk_op,
     pointwise,
     spread,
 )
-from lmoe_compiler.codegen.tile import LEVEL_OPS
 from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
-
-WHOLE = "whole"
-LATER = "o_t[:, None] > o_t[None, :]"
 
 
 def bare(node: Node) -> Node:
@@ -29,20 +27,14 @@ def bare(node: Node) -> Node:
     return node.args[0] if node.op == "rename" else node
 
 
-def _maximum(x: str, y: str) -> str:
-    return f"tl.maximum({x}, {y})"
-
-
 class Expressions(Addresses):
     """Prints nodes, operands first, each once.
 
-    sums       running sums of log decays, by the log decays
     totals     of sums over levels: blocks outside of the loop over tiles that they are added to
     """
 
     def __init__(self, plan: Plan, kernel: Kernel) -> None:
         super().__init__(plan, kernel)
-        self.sums: dict[int, Block] = {}
         self.totals: dict[int, Block] = {}
         self.light: dict[int, bool] = {}
 
@@ -73,6 +65,9 @@ class Expressions(Addresses):
                 else:
                     self.quote(node)
                     self.blocks[id(node)] = self.statement(node)
+                if self.kernel.levels == "near" and is_running(node):
+                    total = self.fp32(self.value(node)).text
+                    self.write(f"b_reach = tl.maximum(b_reach, reach({total}))")
         return self.value(root)
 
     def in_level(self, node: Node) -> bool:
@@ -80,7 +75,10 @@ class Expressions(Addresses):
         return node in self.levels and not self.in_loop
 
     def level_loop(self, first: Node) -> None:
-        """One loop over the dyadic levels for every sum that can run beside `first`."""
+        """One loop over the dyadic levels for every sum that can run beside `first`.
+
+        It starts with blocks of 16 rows if these are near.
+        """
         sums = [
             n
             for n in self.nodes
@@ -101,81 +99,27 @@ class Expressions(Addresses):
         self.constants["LEVELS"] = self.plan.chunk.bit_length() - 1
         found = [n for n in closure([n.args[0] for n in sums], self.cut) if n.op == "level_sums"]
         gates = list(dict.fromkeys(n.args[0] for n in found))
-        if self.kernel.levels == "far":
-            self.far_levels(gates, sums, totals)
-        else:
-            largest = reduce(_maximum, [f"reach({self.running(gate).text})" for gate in gates])
-            if self.kernel.levels == "near":
-                self.write(f"b_reach = {_maximum('b_reach', largest)}")
-                self.level_body(sums, totals, WHOLE)
-            else:
-                self.write(f"if {largest} <= NEAR:")
-                self.depth += 1
-                self.level_body(sums, totals, WHOLE)
-                self.depth -= 1
-                self.write("else:")
-                self.depth += 1
-                self.far_levels(gates, sums, totals)
-                self.depth -= 1
-        for node, total in zip(sums, totals, strict=True):
-            self.blocks[id(node)] = total
-
-    def far_levels(
-        self, gates: Sequence[Node], sums: Sequence[Node], totals: Sequence[Block]
-    ) -> None:
-        """The loop over levels. It starts with blocks of 16 rows if these are near."""
         starts = [f"first_near({self.fp32(self.value(g)).text}, C, NEAR)" for g in gates]
         self.write(f"start = {reduce(lambda x, y: f'tl.minimum({x}, {y})', starts)}")
         self.write("for level in range(tl.maximum(start - 1, 0), LEVELS):")
         self.depth += 1
-        self.level_body(sums, totals, "level, start")
+        self.level_body(sums, totals)
         self.depth -= 1
+        for node, total in zip(sums, totals, strict=True):
+            self.blocks[id(node)] = total
 
     def zeros(self, dims: Sequence[str]) -> Block:
         return self.assign("sum", f"tl.zeros({self.shape(dims)}, tl.float32)", dims)
 
-    def running(self, gate: Node) -> Block:
-        """Running sums of log decays, which the rest of the kernel may need too."""
-        for node in self.nodes:
-            if node.op == "prefix" and node.args[0] is gate and node["inclusive"]:
-                self.sums[id(gate)] = self.emit(node)
-                return self.sums[id(gate)]
-        if id(gate) not in self.sums:
-            x = self.fp32(self.value(gate))
-            self.sums[id(gate)] = self.assign(
-                "", f"running_sum({x.text}, C, SPLIT, PRECISION)", x.dims
-            )
-        return self.sums[id(gate)]
-
-    def level_body(self, sums: Sequence[Node], totals: Sequence[Block], level: str) -> None:
-        """One level's terms; `WHOLE` is the level of a chunk whose decays are all near."""
+    def level_body(self, sums: Sequence[Node], totals: Sequence[Block]) -> None:
+        """One level's terms."""
         self.in_loop, outside, casts = True, dict(self.blocks), dict(self.casts)
-        self.level = level
         for node, total in zip(sums, totals, strict=True):
-            (term,) = node.args
-            if level == WHOLE and id(node) in self.totals and term.op == "pairs":
-                (term,) = term.args  # masked after the loop over tiles
-            block = self.emit(term)
+            block = self.emit(node.args[0])
             self.write(f"{total.text} += {self.broadcast(block, total.dims)}")
         self.blocks.clear()
         self.blocks.update(outside)
         self.casts, self.in_loop = casts, False
-
-    def whole_level(self, node: Node, block: Block) -> Block:
-        """An operation of levels where one covers the chunk: rows are scaled from its start, in both directions."""
-        x = block.text
-        if node.op == "pairs":
-            return self.assign("", f"tl.where({LATER}, {x}, 0.0)", block.dims)
-        inclusive, column = not node["exclusive"], node["of"] == "col"
-        if node.op == "level_sums":
-            total = self.sums[id(node.args[0])]
-            if inclusive and not column:
-                return total
-            text = f"-{total.text}" if column else f"{total.text} - {x}"
-        else:
-            suffix = f"running_suffix({x}, C, SPLIT, PRECISION)"
-            text = f"-{suffix}" if column else suffix if inclusive else f"{suffix} - {x}"
-        return self.assign("", text, block.dims)
 
     def statement(self, node: Node) -> Block:
         if node.op == "input":
@@ -195,10 +139,8 @@ class Expressions(Addresses):
             return self.reduce(node, operands[0])
         if node.op == "index":
             return self.index(node, self.fp32(operands[0]))
-        if self.level == WHOLE and node.op in LEVEL_OPS:
-            return self.whole_level(node, self.fp32(operands[0])) if operands else Block("-1.0", ())
         if node.op == "level_sign":
-            return self.assign("sign", f"level_sign({self.level})", ())
+            return self.assign("sign", "level_sign(level, start)", ())
         if node.op == "delta":
             a, b = node.axes
             dims = tuple(sorted(node.axes, key=self.order))
@@ -214,7 +156,7 @@ class Expressions(Addresses):
             "diagonal": (ROW, SOURCE),
             "diagonal_of": (ROW,),
         }.get(node.op, block.dims)
-        return self.assign("", chunk_op(node, block, self.level), dims)
+        return self.assign("", chunk_op(node, block), dims)
 
     def pointwise(self, node: Node, operands: Sequence[Block]) -> Block:
         dims = tuple(sorted(dict.fromkeys(d for o in operands for d in o.dims), key=self.order))
@@ -227,8 +169,15 @@ class Expressions(Addresses):
                 operand = self.fp32(operand)
             text = spread(operand.text, operand.dims, dims)
             texts.append(self.once(node, node.args[position], text))
-        kind = "bool" if node.op in COMPARISONS else "fp32"
-        return self.assign("", pointwise(node, texts), dims, kind)
+        kind: Type = "bool" if node.op in COMPARISONS else "fp32"
+        return self.numbered(pointwise(node, texts), dims, kind)
+
+    def numbered(self, text: str, dims: Sequence[str], kind: Type = "fp32") -> Block:
+        """The block of an expression: the one that has it already, where there is one."""
+        key = (text, tuple(dims))
+        if key not in self.blocks:
+            self.blocks[key] = self.assign("", text, dims, kind)
+        return self.blocks[key]
 
     def once(self, node: Node, operand: Node, text: str) -> str:
         """A whole operand added to a part counts in the first tile only. (Sums over an inner axis are complete.)"""

@@ -5,41 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmoe_compiler.codegen.addresses import INDENT
-from lmoe_compiler.codegen.expressions import LATER
 from lmoe_compiler.codegen.indices import Indices
 from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.plan import FAR, Store
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.ir.nodes import Node
+from lmoe_compiler.ir.nodes import ROW, SOURCE, Node
 
 
 class Parallel(Indices):
     """Prints the body of a kernel that is parallel over chunks."""
 
     def print_parallel(self) -> list[str]:
-        """All loads first: without a loop nothing else brings them in flight together.
-
-        Sums over levels fill the registers: what they do not read is loaded after them.
-        """
         if self.kernel.levels == "near":
             self.write("b_reach = tl.full([], 0.0, tl.float32)")
         self.print_rows()
-        sums = [n for n in self.nodes if n.op == "level_sum" and n not in self.cut]
-        early = closure(sums, self.cut) if sums else self.nodes
-        for node in early:
-            if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
-                self.emit(node)
-        for node in sums:
-            if self.inner_split(node) != "tile" and not self.kernel.inner:
-                self.emit(node)
         stores = list(self.kernel.stores)
         if self.kernel.inner:
             stores = self.print_tiles(stores)
+        else:
+            self.print_loads(self.nodes)
+            for node in self.nodes:
+                if node.op == "level_sum" and node not in self.cut:
+                    self.emit(node)
         for store in stores:
             self.store(store.node, store.value)
         if self.kernel.levels == "near":
             self.write(f"tl.store({self.reach} + tl.program_id(0), b_reach)")
         return self.lines
+
+    def print_loads(self, nodes: Sequence[Node]) -> None:
+        """Loads that do not differ from tile to tile, all together: nothing else brings them in flight at once.
+
+        Sums over levels fill the registers: what they do not read is loaded after them.
+        """
+        sums = [n for n in nodes if n.op == "level_sum" and n not in self.cut]
+        for node in closure(sums, self.cut) if sums else nodes:
+            if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
+                self.emit(node)
 
     @property
     def reach(self) -> str:
@@ -74,11 +76,12 @@ class Parallel(Indices):
         tiles = [s for s in stores if kind(s.node) == "tile" or self.filled(s, axis)]
         # What needs nothing of the loop comes before it, so that nothing is kept for it.
         alone = [s for s in stores if s not in tiles and self.is_whole(s.node)]
-        for store in alone:
-            self.store(store.node, store.value)
         rest = [s for s in stores if s not in tiles and s not in alone]
         parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
         walked = closure([*parts, *(s.node for s in tiles)], self.cut)
+        self.print_loads(closure([*(s.node for s in alone), *walked], self.cut))
+        for store in alone:
+            self.store(store.node, store.value)
         users = [n for n in walked if kind(n) in ("tile", "part") and n not in self.cut]
         operands = {a for n in users for a in n.args}
         for node in walked:
@@ -93,7 +96,7 @@ class Parallel(Indices):
         self.depth += 1
         self.print_axis(axis)
         for node in walked:
-            if self.is_load(node) and kind(node) == "tile":
+            if self.is_load(node) and kind(node) == "tile" and not self.stays_shared:
                 self.emit(node)
         for node, total in totals.items():
             block = self.emit(node)
@@ -102,14 +105,29 @@ class Parallel(Indices):
         for store in tiles:
             self.store(store.node, store.value)
         self.depth -= 1
-        for node in sums:
-            if node.args[0].op == "pairs" and self.kernel.levels != "far":
-                name = totals[node].text
-                self.write(f"{name} = tl.where({LATER}, {name}, 0.0)")
         self.blocks.clear()
         self.blocks.update(outside | {id(n): t for n, t in totals.items()})
         self.casts = casts
+        self.forget_pairs([s.node for s in rest])
         return rest
+
+    @property
+    def stays_shared(self) -> bool:
+        """Whether products take blocks from shared memory (wgmma): they fill registers from their first use on only."""
+        return self.plan.chunk >= 64 and self.kernel.tuning.num_warps >= 4
+
+    def forget_pairs(self, roots: Sequence[Node]) -> None:
+        """Blocks [t, s] that take no product are loaded and computed once more: kept through the loop they would spill.
+
+        With all that they are made of, or the compiler would see that they are the same.
+        """
+        pair = {ROW, SOURCE}
+        computed = [n for n in closure(roots, self.known) if n not in self.known]
+        used = [a for n in computed if set(n.axes) == pair for a in n.args if set(a.axes) == pair]
+        for nodes in [closure([a], self.cut) for a in used if self.is_whole(a)]:
+            if all(n.op not in ("dot", "level_sum") or n in self.cut for n in nodes):
+                for node in nodes:
+                    self.blocks.pop(id(node), None)
 
     def is_whole(self, node: Node) -> bool:
         """Whether nothing below a value is of one tile, or added up over tiles."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lmoe_compiler.codegen.near_form import near_form
 from lmoe_compiler.codegen.plan import (
     Call,
     Carry,
@@ -32,16 +33,17 @@ from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program
 
 
-def near_and_far(kernel: Kernel) -> list[Kernel]:
+def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list[Kernel]:
     """A kernel for chunks whose decays are all near, and one that redoes the others.
 
     In one kernel the registers of the loop over levels would be taken from every chunk; alone, it has them of twice
     the warps.
     """
     reach = Value(f"{kernel.name}_reach", (), "program", "fp32")
-    near = replace(kernel, levels="near", reach=reach)
+    near = replace(kernel, levels="near", reach=reach, stores=near_form(kernel.stores, cut, exact))
     tuning = replace(kernel.tuning, num_warps=min(8, 4 * kernel.tuning.num_warps))
-    return [near, replace(near, name=f"{kernel.name}_far", levels="far", tuning=tuning)]
+    name = f"{kernel.name}_far"
+    return [near, replace(kernel, name=name, levels="far", reach=reach, tuning=tuning)]
 
 
 def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, frozenset[str]]:
@@ -107,7 +109,8 @@ class Partition:
             skip_last,
         )
         sums = [n for n in nodes if n.op == "level_sum" and n not in cut]
-        self.kernels += near_and_far(kernel) if order == "parallel" and sums else [kernel]
+        alone = order != "parallel" or not sums
+        self.kernels += [kernel] if alone else near_and_far(kernel, cut, self.call.exact)
         # Parts are added up before the next kernel runs.
         kept = [s for s in stores if s.node.op != "const"]
         self.stored.update({s.node: replace(s.value, parts=0) for s in kept})

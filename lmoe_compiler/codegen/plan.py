@@ -22,6 +22,7 @@ class Tuning:
     block, block_second   tile of the first and second axis that may be tiled (0: whole), values first
     inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
     full                  products with a computed block take it in fp32 (tf32), not rounded to half precision
+    offsets               a row's address is a base and offsets that are added up first, not pointers step by step
     """
 
     block: int = 64
@@ -30,6 +31,7 @@ class Tuning:
     num_stages: int = 2
     inner: int = 0
     full: bool = False
+    offsets: bool = False
 
 
 @dataclass(frozen=True)

@@ -107,22 +107,24 @@ def _half_precision(kind: Kind, backward: bool, few: bool) -> Choice:
     tile = 32 if wide else 64
     chunk = 32 if solves or vector or wide or kind.normalised else 64
     stages = 3 if chunk == 32 else 2
-    ahead = 3 if vector and not kind.activated else 1
+    plain = vector and not kind.activated
+    prepare = Tuning(0, 0, 2 if chunk == 64 else 1, 3 if plain else 1, inner=16 if vector else 0)
+    if plain and not solves:
+        prepare = replace(prepare, inner=32)
+    small = solves and few and not wide
+    adjoint = Tuning(32, 0, 4, 4) if small else Tuning(tile, 0, 4, stages)
     return Choice(
         chunk=chunk,
         prepare=solves or vector or (kind.scalar and (kind.activated or not backward)),
         prepare_rows=vector,
         products=solves,
-        default=Tuning(block=tile, num_warps=4, num_stages=stages),
+        default=Tuning(tile, 0, 4, stages, offsets=solves or vector or kind.scalar),
         kernels=(
-            ("prepare", Tuning(0, 0, 2 if chunk == 64 else 1, ahead, inner=16 if vector else 0)),
-            ("spans", Tuning(tile, 0, 4, 3)),
-            ("adjoint_spans", Tuning(tile, 0, 4, 3)),
-            (
-                "adjoint",
-                Tuning(32, 0, 4, 4) if solves and few and not wide else Tuning(tile, 0, 4, stages),
-            ),
-            ("states", Tuning(tile, 0, 4, 3 if solves or vector else 2)),
+            ("prepare", prepare),
+            ("spans", Tuning(tile, 0, 4, 3, offsets=True)),
+            ("adjoint_spans", Tuning(tile, 0, 4, 3, offsets=True)),
+            ("adjoint", replace(adjoint, offsets=kind.scalar)),
+            ("states", Tuning(tile, 0, 4, 3 if solves or vector else 2, offsets=True)),
             ("products", Tuning(64, 0, 4, 1, inner=64) if wide else Tuning(0, 0, 4, 1)),
             ("gradients", _gradients(kind)),
         ),
@@ -134,8 +136,9 @@ def _gradients(kind: Kind) -> Tuning:
     if kind.normalised:
         return Tuning(0, 0, 8, 1, full=True)
     if kind.solves:
-        warps, stages = (2, 2) if kind.vector else (1, 1 if kind.scalar else 3)
-        return Tuning(0, 0, warps, stages, inner=16)
+        if kind.vector:
+            return Tuning(0, 0, 2, 3, inner=16)
+        return Tuning(0, 0, 1, 1, inner=32)
     if kind.scalar:
         return Tuning(0, 0, 4, 3, inner=32) if kind.activated else Tuning(0, 0, 4, 2, inner=64)
     return Tuning(64, 0, 4, 3, inner=32)

@@ -80,8 +80,8 @@ def pointwise(node: Node, operands: Sequence[str]) -> str:
     return BINARY[node.op].format(*operands)
 
 
-def chunk_op(node: Node, operand: Block, level: str) -> str:
-    """Operations over the rows of a chunk, of one fp32 block; `level`: which level, and where the near one starts."""
+def chunk_op(node: Node, operand: Block) -> str:
+    """Operations over the rows of a chunk, of one fp32 block."""
     x = operand.text
     if node.op == "prefix":
         inclusive = f"running_sum({x}, C, SPLIT, PRECISION)"
@@ -100,21 +100,21 @@ def chunk_op(node: Node, operand: Block, level: str) -> str:
     if node.op == "inverse":
         return f"inverse_unit_lower({x}, C, LEVELS, INVERSE)"
     if node.op == "pairs":
-        return f"pairs({x}, {level}, C)"
+        return f"pairs({x}, level, start, C)"
     if node.op == "diagonal":
         return f"on_diagonal({x}, C)"
     if node.op == "diagonal_of":
         return f"diagonal_of({x}, C)"
     assert node.op in ("level_sums", "level_gather"), node.op
     side = f"{bool(node['exclusive'])}, {node['of'] == 'col'}"
-    return f"{node.op}({x}, {level}, {side}, C, SPLIT, PRECISION)"
+    return f"{node.op}({x}, level, start, {side}, C, SPLIT, PRECISION)"
 
 
 CHUNK_OPS = frozenset(
     "prefix suffix segment between causal inverse pairs diagonal diagonal_of level_sums level_gather".split()
 )
 DEVICE_FUNCTIONS = (
-    "exp log1p softplus logsigmoid tanh sign isfinite power running_sum running_suffix "
+    "exp log1p softplus logsigmoid tanh sign isfinite power running_sum "
     "exclusive_prefix exclusive_suffix segment_sums between "
     "level_sums level_gather level_sign reach first_near pairs on_diagonal diagonal_of inverse_unit_lower find_sequence"
 ).split()

@@ -7,7 +7,7 @@ are loaded while the current one is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from lmoe_compiler.codegen.loops import Loops
 from lmoe_compiler.codegen.names import axis_name, identifier
@@ -32,7 +32,7 @@ class Walk(Loops):
     def primed(self) -> set[str]:
         return super().primed | self.primes_left
 
-    def leave(self, blocks: dict[int, Block], casts: dict[str, str]) -> None:
+    def leave(self, blocks: dict[Hashable, Block], casts: dict[str, str]) -> None:
         """The end of a loop: what was written in it is not visible any more."""
         self.primes_left = self.primes_left | super().primed
         self.blocks.clear()

@@ -1,0 +1,87 @@
+"""Tile pass: what a kernel stores of chunks whose decays are all near, without levels.
+
+One level covers such a chunk, with rows and columns scaled from its start. Level sums are plain expressions then, and
+all running sums of a gradient to the gates become one:
+
+    pairs       x                    the pairs s < t of x
+    level_sums  g, of a row          G, the running sum of g (less g if exclusive); of a column -G
+    level_sign                       -1
+    level_gather  x, to rows         sums of the rows of x from each on (less x if exclusive); to columns their negative
+
+Before: partition.py's kernels. The chunks whose decays are not near are left to a kernel with all levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lmoe_compiler.codegen.plan import Store, Value
+from lmoe_compiler.codegen.reach import closure
+from lmoe_compiler.codegen.simplify import merge_running
+from lmoe_compiler.codegen.tile import Builder
+from lmoe_compiler.ir.nodes import ROW, Node
+
+SUMS = frozenset({"add", "sub", "neg"})
+
+
+def near_form(stores: Sequence[Store], cut: Mapping[Node, Value], exact: bool) -> tuple[Store, ...]:
+    """The same values, right where log decays sum up to little; what they load of `cut` stays as it is.
+
+    `exact` keeps sums over rows apart, as `to_tiles` does.
+    """
+    build, done = Builder(), dict[Node, Node]()
+    nodes = closure([s.node for s in stores], cut)
+    loaded = {n: n for n in nodes if n in cut}
+    for node in nodes:
+        new = node if node in cut else _near(build, node, [done[a] for a in node.args], exact)
+        done[node] = loaded.get(new, new)
+    roots = [done[s.node] for s in stores]
+    if not exact:
+        roots = _merged(build, roots, loaded)
+    return tuple([replace(s, node=root) for s, root in zip(stores, roots, strict=True)])
+
+
+def is_running(node: Node) -> bool:
+    """Whether a node is a running sum of log decays: how far these get from 0 tells which chunks are near."""
+    return node.op == "prefix" and bool(node["inclusive"]) and node.args[0].op == "floor"
+
+
+def _near(build: Builder, node: Node, args: list[Node], exact: bool) -> Node:
+    if node.op == "level_sum":
+        return args[0]
+    if node.op == "pairs":
+        return build.make("causal", *args, like=node, strict=True)
+    if node.op == "mul" and any(a.op == "level_sign" for a in node.args):
+        (other,) = [x for x, a in zip(args, node.args, strict=True) if a.op != "level_sign"]
+        return build.make("neg", other, like=node)
+    if node.op not in ("level_sums", "level_gather"):
+        return build.make(node.op, *args, like=node, **dict(node.attrs))
+    (x,) = args
+    rest = node["exclusive"] and node["of"] == "row"
+    if node.op == "level_sums":
+        total = build.make("prefix", x, like=node, inclusive=True)
+    elif exact:
+        total = build.make("suffix", x, like=node, inclusive=True)
+    else:
+        before = build.make("prefix", x, like=node, inclusive=True)
+        total = build.make("sub", build.make("sum", x, like=node, axis=ROW), before)
+        total = total if rest else build.make("add", total, x)
+        rest = False
+    if node["of"] == "col":
+        return build.make("neg", total)
+    return build.make("sub", total, x) if rest else total
+
+
+def _merged(build: Builder, roots: list[Node], loaded: Mapping[Node, Node]) -> list[Node]:
+    """Every sum of running sums as one."""
+    nodes = closure(roots, loaded)
+    tops = {*roots, *(a for n in nodes if n.op not in SUMS and n not in loaded for a in n.args)}
+    done: dict[Node, Node] = {}
+    for node in nodes:
+        new = node
+        if node not in loaded:
+            new = build.make(node.op, *(done[a] for a in node.args), like=node, **dict(node.attrs))
+            new = merge_running(build, new) if node in tops else new
+        done[node] = loaded.get(new, new)
+    return [done[root] for root in roots]
