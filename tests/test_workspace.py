@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmoe_compiler.bench.plans import request_of
-from lmoe_compiler.codegen.workspace import places
+from lmoe_compiler.codegen.workspace import WORKSPACE, places
 from lmoe_compiler.models import RECURRENCES
 
 pytest.importorskip("triton")
@@ -21,7 +21,7 @@ values = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(0,
 def test_values_needed_together_do_not_overlap(drawn):
     sizes = [size for size, _, _ in drawn]
     needed = [(first, first + more) for _, first, more in drawn]
-    found = places(sizes, needed)
+    found = [at for _, at in places(sizes, needed)]
     spans = list(zip(found, sizes, needed, strict=True))
     for i, (at, size, (first, last)) in enumerate(spans):
         assert at >= 0
@@ -37,6 +37,40 @@ def test_values_needed_together_do_not_overlap(drawn):
     assert most <= top <= sum(sizes)
 
 
+@given(values, st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), max_size=3))
+def test_rooms_are_left_before_they_are_taken(drawn, rooms):
+    sizes = [size for size, _, _ in drawn]
+    needed = [(first, first + more) for _, first, more in drawn]
+    found = places(sizes, needed, rooms)
+    for i, ((room, at), size, (first, last)) in enumerate(zip(found, sizes, needed, strict=True)):
+        if room != WORKSPACE:
+            assert at + size <= rooms[room][0]
+            assert last < rooms[room][1]
+        for (other, start), extent, (begin, end) in zip(found[:i], sizes, needed, strict=False):
+            apart = at + size <= start or start + extent <= at
+            assert other != room or end < first or last < begin or apart
+
+
+def test_what_is_done_with_lies_in_results_that_come_later():
+    """GLA in one section: rows scaled by decays, and pairs, where gradients of queries, keys and gates will be."""
+    request = request_of(RECURRENCES["gla"].program(), "backward", (8, 1024, 8, 64))
+    executable = request.make(request.choice())
+    assert not executable.plan.choice.section
+    prepared = executable.prepare(request.extent)
+    names = [*executable.given, *(m.name for m in prepared.own)]
+    inside = {
+        m.name: names[slot]
+        for m, (slot, _) in zip(prepared.shared, prepared.places, strict=True)
+        if slot != WORKSPACE
+    }
+    assert set(inside.values()) <= {"dq", "dk", "dv", "dg"}
+    last = {n: i for i, one in enumerate(executable.launchers) for n in one.names}
+    first = {n: i for i, one in reversed([*enumerate(executable.launchers)]) for n in one.names}
+    assert len(inside) >= 3
+    assert all(last[name] < first[result] for name, result in inside.items())
+    assert prepared.bytes <= 36 * 2**20
+
+
 @pytest.mark.parametrize("varlen", [False, True])
 def test_a_backward_reuses_what_it_no_longer_needs(varlen):
     """KDA: what its products leave lies where its factors were; zeros of packed documents are first and kept."""
@@ -47,10 +81,16 @@ def test_a_backward_reuses_what_it_no_longer_needs(varlen):
     assert prepared.bytes < sum(m.bytes for m in prepared.shared)
     zeros = [m for m in prepared.shared if m.zeros]
     assert bool(zeros) == varlen
-    at = dict(zip((m.name for m in prepared.shared), prepared.offsets, strict=True))
+    at = {
+        m.name: x
+        for m, (slot, x) in zip(prepared.shared, prepared.places, strict=True)
+        if slot == WORKSPACE
+    }
     assert prepared.zeros == sum(m.bytes for m in zeros)
     assert all(at[m.name] + m.bytes <= prepared.zeros for m in zeros)
-    assert all(at[m.name] >= prepared.zeros for m in prepared.shared if not m.zeros)
+    assert all(
+        at[m.name] >= prepared.zeros for m in prepared.shared if m.name in at and not m.zeros
+    )
     # Values of a kernel, read and written, are apart.
     size = {m.name: m.bytes for m in prepared.shared}
     for launcher in executable.launchers:

@@ -23,6 +23,7 @@ from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import Kernel, Plan
 from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared, Sum
 from lmoe_compiler.codegen.triton import print_module
+from lmoe_compiler.codegen.workspace import WORKSPACE
 
 
 def allocate(
@@ -125,8 +126,8 @@ class Executable:
             self._through_jit(prepared, tensors, workspace, index, totals)
         else:
             if workspace is not None:
-                base = workspace.data_ptr()
-                values += [base + offset for offset in prepared.offsets]
+                bases = [*values, workspace.data_ptr()]
+                values += [bases[slot] + at for slot, at in prepared.places]
             values += [values[slot] for slot in prepared.totals]
             stream = current_stream(index)
             for one in prepared.launches:
@@ -147,10 +148,11 @@ class Executable:
     ) -> None:
         """The same with tensors as arguments: the first time, in the interpreter, and for unaligned inputs."""
         values: list[Tensor] = list(tensors)
-        for m, offset in zip(prepared.shared, prepared.offsets, strict=True):
-            assert workspace is not None
+        for m, (slot, at) in zip(prepared.shared, prepared.places, strict=True):
+            room = workspace if slot == WORKSPACE else tensors[slot].view(-1).view(torch.uint8)
+            assert room is not None
             size = prod(m.shape) * m.dtype.itemsize
-            values.append(workspace[offset : offset + size].view(m.dtype).view(m.shape))
+            values.append(room[at : at + size].view(m.dtype).view(m.shape))
         values += [tensors[slot] for slot in prepared.totals]
         aligned = prepared.narrow and all(x.data_ptr() % 16 == 0 for x in tensors)
 

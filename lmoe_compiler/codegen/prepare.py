@@ -17,7 +17,7 @@ from lmoe_compiler.codegen.extent import Extent, programs, shape_of
 from lmoe_compiler.codegen.launcher import Launcher, interpreting
 from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import FAR, Kernel, Passed, Plan, Value
-from lmoe_compiler.codegen.workspace import places
+from lmoe_compiler.codegen.workspace import WORKSPACE, places
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALIGNMENT = 256
@@ -25,7 +25,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that a call allocates: results and parts are tensors of their own, the rest lies in the workspace."""
+    """What kernels write: results and parts are tensors of their own, the rest lies in the workspace or in results."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,12 +70,13 @@ class Launch:
 class Prepared:
     """What calls of one extent have in common. The workspace begins with what has to be zero.
 
-    `totals` are the slots of the parts of sums, and `ready` the devices on which every kernel has run.
+    `places` of the shared values: the slot of a result, or WORKSPACE, and bytes from its start. `bytes` are the
+    workspace's. `totals` are the slots of the parts of sums, and `ready` the devices on which every kernel has run.
     """
 
     own: tuple[Made, ...]
     shared: tuple[Made, ...]
-    offsets: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
     bytes: int
     zeros: int
     launches: tuple[Launch, ...]
@@ -109,7 +110,7 @@ class Preparation:
         own = [m for m in made.values() if m.name in self.results or m.parts]
         shared = sorted((m for m in made.values() if m not in own), key=lambda m: not m.zeros)
         zeros = sum(m.bytes for m in shared if m.zeros)
-        offsets = self.offsets(shared)
+        where = self.places(own if len(sections) == 1 else (), shared)
         names = [*self.given, *(m.name for m in (*own, *shared))]
         parts = [m.name for m in own if m.parts]
         place = {name: i for i, name in enumerate([*names, *map(total_of, parts)])}
@@ -129,8 +130,15 @@ class Preparation:
         return Prepared(
             tuple(own),
             tuple(shared),
-            tuple(offsets),
-            max((at + m.bytes for at, m in zip(offsets, shared, strict=True)), default=0),
+            tuple(where),
+            max(
+                (
+                    at + m.bytes
+                    for (room, at), m in zip(where, shared, strict=True)
+                    if room == WORKSPACE
+                ),
+                default=0,
+            ),
             zeros,
             tuple(launches),
             results,
@@ -138,8 +146,11 @@ class Preparation:
             extent.batch * extent.length < 2**31,
         )
 
-    def offsets(self, shared: Sequence[Made]) -> list[int]:
-        """Where values begin in the workspace: those with zeros one by one, then the others as their kernels allow."""
+    def places(self, own: Sequence[Made], shared: Sequence[Made]) -> list[tuple[int, int]]:
+        """Where shared values lie: those with zeros one by one in the workspace, others as their kernels allow.
+
+        Of `own`, results that only later kernels write have room for them.
+        """
         used: dict[str, list[int]] = {}
         for number, launcher in enumerate(self.launchers):
             for name in launcher.names:
@@ -149,7 +160,15 @@ class Preparation:
         needed = [used.get(m.name, always) for m in shared if not m.zeros]
         *first, end = accumulate((m.bytes for m in shared if m.zeros), initial=0)
         sizes = [m.bytes for m in shared if not m.zeros]
-        return first + [end + at for at in places(sizes, [(n[0], n[-1]) for n in needed])]
+        slots = {len(self.given) + i: m for i, m in enumerate(own) if not (m.parts or m.zeros)}
+        rooms = [
+            (prod(m.shape) * m.dtype.itemsize, used.get(m.name, [0])[0]) for m in slots.values()
+        ]
+        found = places(sizes, [(n[0], n[-1]) for n in needed], rooms)
+        return [(WORKSPACE, at) for at in first] + [
+            (WORKSPACE, end + at) if room == WORKSPACE else (list(slots)[room], at)
+            for room, at in found
+        ]
 
     def sections(self, extent: Extent) -> list[tuple[int, int]]:
         """First token and length of the parts of all sequences that are worked on one after another."""
