@@ -99,6 +99,7 @@ def test_forward_kernels_are_within_budget(name):
 
 OVER_BUDGET = {
     ("simple_gla", "gradients"): 92,
+    ("gated_delta_rule", "gradients"): 72,
     ("rwkv7", "products"): 136,
     ("rwkv7", "gradients_far"): 452,
 }

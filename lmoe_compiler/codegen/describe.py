@@ -41,7 +41,8 @@ def lines(plan: Plan) -> Iterator[str]:
 
 def _walk(kernel: Kernel) -> str:
     if kernel.order == "parallel":
-        return "every chunk by itself"
+        which = {"near": "right where decays are near", "far": "those whose decays are not near"}
+        return ", ".join(["every chunk by itself", *filter(None, [which.get(kernel.levels)])])
     carried = _names(carry.leaf.name for carry in kernel.carries)
     if kernel.order == "step":
         return f"one token, {carried} in registers"
@@ -59,6 +60,7 @@ def _names(names: Iterator[str]) -> str:
 
 def _tuning(kernel: Kernel) -> str:
     tiles = "".join(f"{axis} in tiles of {size}, " for axis, size in kernel.tiles)
+    tiles += "".join(f"a loop over {axis} in tiles of {size}, " for axis, size in kernel.inner)
     return f"{tiles}{kernel.tuning.num_warps} warps, {kernel.tuning.num_stages} stages"
 
 

@@ -19,27 +19,27 @@ class Parallel(Indices):
         if self.kernel.levels == "near":
             self.write("b_reach = tl.full([], 0.0, tl.float32)")
         self.print_rows()
+        sums = [n for n in self.nodes if n.op == "level_sum" and n not in self.cut]
+        self.print_loads(sums)
         stores = list(self.kernel.stores)
         if self.kernel.inner:
             stores = self.print_tiles(stores)
         else:
-            self.print_loads(self.nodes)
-            for node in self.nodes:
-                if node.op == "level_sum" and node not in self.cut:
-                    self.emit(node)
+            for node in sums:
+                self.emit(node)
         for store in stores:
             self.store(store.node, store.value)
         if self.kernel.levels == "near":
             self.write(f"tl.store({self.reach} + tl.program_id(0), b_reach)")
         return self.lines
 
-    def print_loads(self, nodes: Sequence[Node]) -> None:
+    def print_loads(self, sums: Sequence[Node]) -> None:
         """Loads that do not differ from tile to tile, all together: nothing else brings them in flight at once.
 
-        Sums over levels fill the registers: what they do not read is loaded after them.
+        What is used after a loop over tiles only is loaded here too: there its latency would be waited for. Sums over
+        levels fill the registers: what they do not read is loaded after them.
         """
-        sums = [n for n in nodes if n.op == "level_sum" and n not in self.cut]
-        for node in closure(sums, self.cut) if sums else nodes:
+        for node in closure(sums, self.cut) if sums else self.nodes:
             if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
                 self.emit(node)
 
@@ -79,7 +79,6 @@ class Parallel(Indices):
         rest = [s for s in stores if s not in tiles and s not in alone]
         parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
         walked = closure([*parts, *(s.node for s in tiles)], self.cut)
-        self.print_loads(closure([*(s.node for s in alone), *walked], self.cut))
         for store in alone:
             self.store(store.node, store.value)
         users = [n for n in walked if kind(n) in ("tile", "part") and n not in self.cut]

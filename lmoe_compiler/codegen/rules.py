@@ -21,23 +21,30 @@ scalar decay, backward         pairs once only where log decays are activations:
 prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
 prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701); with solves 421 (540); its
                                loop over keys in 3 stages: GLA 251 (1 stage 285), KDA 343 (404), RWKV-7 801 with 2
-                               (899); where log decays are activations in 1: HGRN2 316 (2 stages 345)
+                               (899); where log decays are activations in 1: HGRN2 316 (2 stages 345). Tiles of 32
+                               keys: GLA 209 (16: 246), KDA 374 (340), HGRN2 384 (315)
 near and far kernels           apart 289 + 3, in one kernel 529 (prepare of GLA); gradients of KDA 1856 -> 1040
+near ones without levels       and their running sums merged: gradients of KDA 812 (925), RWKV-7 1126 (1582), HGRN2 1022
+                               (1202), GLA 1026 (1107); prepare of RWKV-7 557 (738)
 products, solves               values contracted apart: 617 + 433 against 1496; in tiles of keys or values 827 to 2584
-gradients, solves              1 warp walks tiles of 16 keys (450; of 32 479; 4 warps 715), in 3 stages: 386 (1 stage
-                               432); with scalar decays in 1: 488 (2 stages 560, spills)
-gradients, solves and levels   2 warps walk tiles of 16 keys (1040; 1 warp 1800; of 32 1416), in 2 stages: KDA 926
-                               (997), RWKV-7 1595 (2007)
+gradients, solves              1 warp walks tiles of 32 keys: gated delta rule 424 (of 16: 508, in 3 stages 480), delta
+                               rule 392 (393). What is needed of pairs after the loop is loaded again: kept, it spills
+gradients, solves and levels   2 warps walk tiles of 16 keys in 3 stages: KDA 744 (2 stages 805; 4 warps, of 32: 1490; 1
+                               warp 980), RWKV-7 1086 (1131; 4 warps 2742)
 gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
 gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474)
-gradients, scalar decay        tiles of 64 keys: 546, spills 168 B (of 32: 625; tiles of values: 644, 671; none spills);
-                               Mamba-2 765 with 64, spills 400 B, and 763 with 32, spills 84 B; 710 in 3 stages
+gradients, scalar decay        tiles of 64 keys: 521, spills 92 B (of 32 in 3 stages: 586, none; tiles of values: 644,
+                               671, none); Mamba-2 695 in 3 stages of 32 keys. Sums over pairs taken from the products
+                               of queries and keys: 569 with tiles of 32 keys, none, but dg 5 times less exact
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505 (1112),
                                HGRN2 489 + 758 (1213), no spills; not done: too little, and products are rounded
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated 3034
                                (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
-gradients, others that spill   gated delta rule 486 (2 warps, none: 735); HGRN2 1293 (8 warps: 1811; 32 keys: 2349)
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
+rows as base and offsets       in scans: spans of scalar decays 70 (87), states of GLA 235 (286), adjoint of simple GLA
+                               285 (317), of RetNet 303 (280); not: adjoint of KDA 831 (763), gradients of RetNet 557
+                               (531), scan of linear attention 192 (185)
+chunk 128, backward            linear attention: states 115 (64: 175), but adjoint 333 (249), gradients 475 (367)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
 spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs. Scalar
                                decays are cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86 (whole 134)
