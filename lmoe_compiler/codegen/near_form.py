@@ -39,6 +39,9 @@ def near_form(stores: Sequence[Store], cut: Mapping[Node, Value], exact: bool) -
     roots = [done[s.node] for s in stores]
     if not exact:
         roots = _merged(build, roots, loaded)
+    # What tells whether a chunk is near has to be there.
+    running = {n.args[0] for n in closure(roots, loaded) if is_running(n)}
+    assert running >= {done[n.args[0]] for n in nodes if n.op == "level_sums" and n not in cut}
     return tuple([replace(s, node=root) for s, root in zip(stores, roots, strict=True)])
 
 
