@@ -132,7 +132,8 @@ class Executable:
             stream = current_stream(index)
             for one in prepared.launches:
                 args = [values[slot] for slot in one.slots]
-                launch(one.launcher.compiled[index], one.grid, stream, args, one)
+                if one.grid:
+                    launch(one.launcher.compiled[index], one.grid, stream, args, one)
                 for parts in one.sums:
                     totals[parts.total] = added_up(tensors[parts.slot], parts)
                     values[parts.total] = totals[parts.total].data_ptr()
@@ -159,11 +160,13 @@ class Executable:
         def arguments(one: Launch) -> list[Any]:
             return [*(values[slot] for slot in one.slots), *one.lengths]
 
+        launched = [one for one in prepared.launches if one.grid]
         if index not in prepared.ready and not interpreting():
-            compile_together([(one.launcher, arguments(one)) for one in prepared.launches])
+            compile_together([(one.launcher, arguments(one)) for one in launched])
         for one in prepared.launches:
-            one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
+            if one.grid:
+                one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
             for parts in one.sums:
                 totals[parts.total] = values[parts.total] = added_up(tensors[parts.slot], parts)
-        if all(index in one.launcher.compiled for one in prepared.launches) and prepared.narrow:
+        if all(index in one.launcher.compiled for one in launched) and prepared.narrow:
             prepared.ready.add(index)

@@ -46,8 +46,11 @@ def near_form(stores: Sequence[Store], cut: Mapping[Node, Value], exact: bool) -
 
 
 def is_running(node: Node) -> bool:
-    """Whether a node is a running sum of log decays: how far these get from 0 tells which chunks are near."""
-    return node.op == "prefix" and bool(node["inclusive"]) and node.args[0].op == "floor"
+    """Whether a node is a running sum of log decays that are vectors, as levels are for: how far these get from 0 tells
+    which chunks are near.
+    """
+    summed = node.op == "prefix" and bool(node["inclusive"]) and node.args[0].op == "floor"
+    return summed and len(node.axes) == 2
 
 
 def _near(build: Builder, node: Node, args: list[Node], exact: bool) -> Node:
@@ -85,6 +88,6 @@ def _merged(build: Builder, roots: list[Node], loaded: Mapping[Node, Node]) -> l
         new = node
         if node not in loaded:
             new = build.make(node.op, *(done[a] for a in node.args), like=node, **dict(node.attrs))
-            new = merge_running(build, new) if node in tops else new
+            new = merge_running(build, new, loaded) if node in tops else new
         done[node] = loaded.get(new, new)
     return [done[root] for root in roots]

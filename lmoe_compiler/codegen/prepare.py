@@ -56,7 +56,10 @@ class Sum:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a call. Arguments: slots (inputs, own tensors, the workspace, sums), lengths, constants."""
+    """One kernel of a call, not launched where its grid is empty.
+
+    Arguments: slots (inputs, own tensors, the workspace, sums), lengths, constants.
+    """
 
     launcher: Launcher
     grid: int
@@ -232,7 +235,8 @@ class Preparation:
             written = kernel.written if kernel.levels != "near" else ()
             sums = [self.sum(v, kernel, extent, within, place) for v in written if v.parts]
             constants = tuple(launcher.constants.values())
-            if grid:
+            # Parts without rows have a sum all the same: no rows.
+            if grid or sums:
                 yield Launch(launcher, grid, tuple(slots), tuple(numbers), constants, tuple(sums))
 
     def sum(

@@ -5,7 +5,7 @@ Used by tile.py while it rewrites; each rule returns None where it does not appl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from typing import Protocol
 
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node
@@ -82,11 +82,12 @@ def segment_gradient(build: Maker, node: Node, args: list[Node]) -> Node | None:
     return build.make("suffix", build.make("sub", rows, columns), inclusive=True, like=node)
 
 
-def merge_running(build: Maker, root: Node) -> Node:
-    """A sum of running sums over rows as one running sum."""
-    terms = _terms(root, 1)
-    running = [(sign, x) for sign, x in terms if x.op == "prefix" and x["inclusive"]]
-    totals = [(sign, x) for sign, x in terms if x.op == "sum" and x["axis"] == ROW]
+def merge_running(build: Maker, root: Node, loaded: Container[Node] = ()) -> Node:
+    """A sum of running sums over rows as one running sum; `loaded` nodes stay terms of their own."""
+    terms = _terms(root, 1, loaded)
+    own = [(sign, x) for sign, x in terms if x not in loaded]
+    running = [(sign, x) for sign, x in own if x.op == "prefix" and x["inclusive"]]
+    totals = [(sign, x) for sign, x in own if x.op == "sum" and x["axis"] == ROW]
     if len(running) < 2:
         return root
     rest = [(sign, x) for sign, x in terms if (sign, x) not in running and (sign, x) not in totals]
@@ -101,14 +102,11 @@ def merge_running(build: Maker, root: Node) -> Node:
     return _signed(build, parts)
 
 
-def _terms(node: Node, sign: int) -> list[tuple[int, Node]]:
-    if node.op == "add":
-        return _terms(node.args[0], sign) + _terms(node.args[1], sign)
-    if node.op == "sub":
-        return _terms(node.args[0], sign) + _terms(node.args[1], -sign)
-    if node.op == "neg":
-        return _terms(node.args[0], -sign)
-    return [(sign, node)]
+def _terms(node: Node, sign: int, loaded: Container[Node]) -> list[tuple[int, Node]]:
+    if node in loaded or node.op not in ("add", "sub", "neg"):
+        return [(sign, node)]
+    signs = (-sign,) if node.op == "neg" else (sign, sign if node.op == "add" else -sign)
+    return [t for s, x in zip(signs, node.args, strict=True) for t in _terms(x, s, loaded)]
 
 
 def _signed(build: Maker, terms: list[tuple[int, Node]]) -> Node:

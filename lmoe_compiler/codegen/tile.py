@@ -94,8 +94,8 @@ def to_tiles(
     """`roots` rewritten; nodes shared between them stay shared.
 
     `values` are the axes that scans tile first. `exact` keeps sums over rows as they are. Otherwise all are
-    differences of one running sum, whose error is about 1e-7 of the chunk's total of floored decays: far below a
-    half-precision rounding.
+    differences of one running sum, whose error is about 1e-7 of the chunk's total of floored decays (1e-5 where kernels
+    add up vectors in halves): far below a half-precision rounding.
     """
     roots = list(roots)
     build = Builder(values)
