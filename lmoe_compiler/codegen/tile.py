@@ -20,8 +20,8 @@ Next: partition.py cuts the graph into kernels.
 A decayed product references each pair (t, s) to the middle of the dyadic block that separates them
 (DESIGN.md section 3): one masked C x C product per level, every exponent a local sum of log decays. Blocks whose
 decays sum to little need no halving: one `near` level covers all pairs in them, with rows and columns scaled from
-the block's middle in both directions. How large such blocks are is seen at run time, so weak gates cost one level. A
-chunk that is near as a whole is scaled from its start instead: by running sums, which the rest of the chunk needs too.
+the block's middle in both directions. How large such blocks are is seen at run time, so weak gates cost one level. What
+kernels parallel over chunks store of a chunk that is near as a whole has no levels at all: near_form.py.
 """
 
 from __future__ import annotations
