@@ -12,6 +12,7 @@ import pstats
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lmoe_compiler import implementation
 from lmoe_compiler.bench.workloads import WORKLOADS, make_inputs
-from lmoe_compiler.codegen import compiled, launch, launcher
+from lmoe_compiler.codegen import compiled, driver, launch, launcher
 from lmoe_compiler.definition import Recurrence
 from lmoe_compiler.models import RECURRENCES
 
@@ -29,10 +30,18 @@ SHAPE = (1, 128, 2, 16)
 class Compiled:
     """Stands in for a compiled kernel."""
 
-    function, packed_metadata = 0, ()
+    function, packed_metadata = 1, (4, 1, 0)
+    metadata = SimpleNamespace(
+        name="none", global_scratch_size=0, profile_scratch_size=0, num_ctas=1, launch_pdl=False
+    )
 
-    def run(self, *args: object) -> None:
-        pass
+
+class Driver:
+    """Stands in for the CUDA driver."""
+
+    @staticmethod
+    def cuLaunchKernelEx(config: int, function: int, parameters: int, extra: None) -> int:
+        return 0
 
 
 def _compile(
@@ -63,6 +72,7 @@ def no_launches() -> Iterator[None]:
         mock.patch.object(launcher.Launcher, "compile", _compile),
         mock.patch.object(launch, "compile_together", _together),
         mock.patch.object(launch, "current_stream", _stream),
+        mock.patch.object(driver, "driver", Driver),
     ):
         yield
     compiled.forget()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lmoe_compiler.codegen.driver import Launches
 from lmoe_compiler.codegen.extent import Extent, programs, shape_of
 from lmoe_compiler.codegen.launcher import Launcher, interpreting
 from lmoe_compiler.codegen.names import identifier
@@ -58,14 +59,13 @@ class Sum:
 class Launch:
     """One kernel of a call, not launched where its grid is empty.
 
-    Arguments: slots (inputs, own tensors, the workspace, sums), lengths, constants.
+    Arguments: slots (inputs, own tensors, the workspace, sums), then lengths.
     """
 
     launcher: Launcher
     grid: int
     slots: tuple[int, ...]
     lengths: tuple[int, ...]
-    constants: tuple[Any, ...]
     sums: tuple[Sum, ...]
 
 
@@ -74,7 +74,7 @@ class Prepared:
     """What calls of one extent have in common. The workspace begins with what has to be zero.
 
     `places` of the shared values: the slot of a result, or WORKSPACE, and bytes from its start. `bytes` are the
-    workspace's. `totals` are the slots of the parts of sums, and `ready` the devices on which every kernel has run.
+    workspace's. `totals` are the slots of the parts of sums, `ready` the launches by device: every kernel has run there.
     """
 
     own: tuple[Made, ...]
@@ -86,7 +86,7 @@ class Prepared:
     results: tuple[int, ...]
     totals: tuple[int, ...]
     narrow: bool
-    ready: set[int | None] = field(default_factory=set)
+    ready: dict[int | None, Launches] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,9 @@ class Preparation:
             numbers.append(length)
             written = kernel.written if kernel.levels != "near" else ()
             sums = [self.sum(v, kernel, extent, within, place) for v in written if v.parts]
-            constants = tuple(launcher.constants.values())
             # Parts without rows have a sum all the same: no rows.
             if grid or sums:
-                yield Launch(launcher, grid, tuple(slots), tuple(numbers), constants, tuple(sums))
+                yield Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(sums))
 
     def sum(
         self, value: Value, kernel: Kernel, extent: Extent, within: Extent, place: Mapping[str, int]
