@@ -1,36 +1,91 @@
-"""Launches by the CUDA driver: the arguments of all kernels of a call lie in one array, and a launch is one call.
+"""Launches by the CUDA driver: the kernels of a call are nodes of one graph, whose arguments lie in one array.
 
-Triton's own launcher takes the arguments of every launch apart again. What it would pass is known here: parameters in
-the order of the kernel's signature, then two addresses of scratch memory, which kernels of ours do not have.
+A call writes its addresses into the array, points every node at it again and launches the graph: on an H200's machine
+21 us for 12 kernels, 70 for 12 launches by the driver and 108 by Triton's launcher, and the device waits less between
+kernels. What Triton would pass is known: parameters in the order of the kernel's signature, then two addresses of
+scratch memory, which kernels of ours do not have.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from collections.abc import Sequence
-from ctypes import c_uint, c_uint64, c_void_p
+from ctypes import byref, c_size_t, c_uint, c_uint64, c_void_p
 from functools import cache
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from lmoe_compiler.codegen.prepare import Launch
+    from lmoe_compiler.codegen.prepare import Launch, Sum
 
-INVALID_CONTEXT = 201
-Call = tuple[int, int, int]
+_thread = local()
 
 
-class Config(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
+def enter(device: int | None) -> None:
+    """Make a device's context the thread's own: a thread that has done nothing on the device has none."""
+    entered: set[int | None] = _thread.__dict__.setdefault("devices", {None})
+    if device not in entered:
+        torch.cuda.set_device(device)
+        entered.add(device)
+
+
+class Node(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS of cuda.h."""
 
     _fields_ = [
+        ("function", c_void_p),
         *((name, c_uint) for name in "grid_x grid_y grid_z block_x block_y block_z shared".split()),
-        *((name, c_void_p) for name in ("stream", "attributes")),
-        ("attribute_count", c_uint),
+        *((name, c_void_p) for name in ("parameters", "extra", "kernel", "context")),
     ]
+
+
+class Graph:
+    """Kernels that run one after another. `sums` are to be added up when they have run."""
+
+    def __init__(self, nodes: Sequence[Node], sums: Sequence[Sum]) -> None:
+        self.nodes, self.sums = nodes, sums
+        self.updates: list[tuple[int | None, int | None, int]] = []
+        self.executable: int | None = None
+
+    def instantiate(self) -> None:
+        graph, before = c_void_p(), c_void_p()
+        library = driver()
+        check(library.cuGraphCreate(byref(graph), 0))
+        made: list[int | None] = []
+        for node in self.nodes:
+            new = c_void_p()
+            edges = (byref(before), c_size_t(1)) if made else (None, c_size_t(0))
+            check(library.cuGraphAddKernelNode_v2(byref(new), graph, *edges, byref(node)))
+            made.append(new.value)
+            before = new
+        executable = c_void_p()
+        check(library.cuGraphInstantiateWithFlags(byref(executable), graph, c_uint64(0)))
+        self.executable = executable.value
+        self.updates = [
+            (executable.value, place, ctypes.addressof(node))
+            for place, node in zip(made, self.nodes, strict=True)
+        ]
+        # At exit the driver takes everything back itself.
+        for free, handle in (
+            (library.cuGraphExecDestroy, executable),
+            (library.cuGraphDestroy, graph),
+        ):
+            weakref.finalize(self, free, handle).atexit = False
+
+    def launch(self, stream: int) -> None:
+        if self.nodes:
+            if not self.updates:
+                self.instantiate()
+            library = driver()
+            update = library.cuGraphExecKernelNodeSetParams_v2
+            for one in self.updates:
+                if code := update(*one):
+                    check(code)
+            check(library.cuGraphLaunch(self.executable, stream))
 
 
 class Launches:
@@ -46,58 +101,56 @@ class Launches:
         end = slots + len(lengths)
         # Two zeros at the end are the addresses of scratch memory.
         self.values = (c_uint64 * (end + 2))()
-        self.values[slots:end] = lengths
+        for i, n in enumerate(lengths, slots):
+            self.values[i] = n
         self.fill = struct.Struct(f"={slots}Q").pack_into
         self.lock = Lock()
-        self.stream = 0
-        self.configs: list[Config] = []
         self.parameters: list[ctypes.Array[c_void_p]] = []
-        self.calls: list[Call | None] = []
-        start, size = ctypes.addressof(self.values), ctypes.sizeof(c_uint64)
+        self.graphs: list[Graph] = []
+        nodes: list[Node] = []
         at = slots
         for compiled, one in kernels:
             places = [*one.slots, *range(at, at + len(one.lengths)), end, end + 1]
             at += len(one.lengths)
-            if compiled is None or not one.grid:
-                self.calls.append(None)
-                continue
-            check_parameters(compiled, len(one.slots), len(one.lengths))
-            warps, _, shared = compiled.packed_metadata[:3]
-            config = Config(one.grid, 1, 1, 32 * warps, 1, 1, shared, 0, None, 0)
-            parameters = (c_void_p * len(places))(*(start + size * i for i in places))
-            self.configs.append(config)
-            self.parameters.append(parameters)
-            self.calls.append(
-                (ctypes.addressof(config), compiled.function, ctypes.addressof(parameters))
-            )
+            if compiled is not None and one.grid:
+                check_parameters(compiled, len(one.slots), len(one.lengths))
+                nodes.append(self.node(compiled, one.grid, places))
+            if one.sums:
+                self.graphs.append(Graph(nodes, one.sums))
+                nodes = []
+        self.graphs += [Graph(nodes, ())] if nodes else []
 
-    def begin(self, addresses: Sequence[int], stream: int) -> None:
-        """Take a call's addresses."""
-        if stream != self.stream:
-            for config in self.configs:
-                config.stream = stream
-            self.stream = stream
+    def node(self, compiled: Any, grid: int, places: Sequence[int]) -> Node:
+        start, size = ctypes.addressof(self.values), ctypes.sizeof(c_uint64)
+        parameters = (c_void_p * len(places))(*(start + size * i for i in places))
+        self.parameters.append(parameters)
+        warps, _, shared = compiled.packed_metadata[:3]
+        address = ctypes.addressof(parameters)
+        return Node(compiled.function, grid, 1, 1, 32 * warps, 1, 1, shared, address)
+
+    def begin(self, addresses: Sequence[int]) -> None:
+        """Take a call's addresses; kernels' arguments are copied when they are launched."""
         self.fill(self.values, 0, *addresses)
-
-    def launch(self, call: Call, device: int) -> None:
-        """One of `calls`; its kernel's arguments are copied before this returns."""
-        code = driver().cuLaunchKernelEx(*call, None)
-        if code == INVALID_CONTEXT:
-            # This thread has had no work for the device yet.
-            torch.cuda.set_device(device)
-            code = driver().cuLaunchKernelEx(*call, None)
-        if code:
-            text = ctypes.c_char_p()
-            driver().cuGetErrorString(code, ctypes.byref(text))
-            said = (text.value or b"unknown error").decode()
-            raise RuntimeError(f"the CUDA driver refused a launch: {said} ({code})")
 
 
 @cache
 def driver() -> Any:
-    library = ctypes.CDLL("libcuda.so.1")
-    library.cuLaunchKernelEx.argtypes = [c_void_p] * 4
+    """Functions that neither wait nor call back keep Python's lock: releasing it takes longer than they do."""
+    library: Any = ctypes.CDLL("libcuda.so.1")
+    quick = ctypes.PyDLL("libcuda.so.1")
+    library.cuGraphExecKernelNodeSetParams_v2 = quick.cuGraphExecKernelNodeSetParams_v2
+    library.cuGraphExecKernelNodeSetParams_v2.argtypes = [c_void_p] * 3
+    library.cuGraphLaunch.argtypes = [c_void_p] * 2
     return library
+
+
+def check(code: int) -> None:
+    """Raises RuntimeError with the driver's words for an error."""
+    if code:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(code, byref(text))
+        said = (text.value or b"unknown error").decode()
+        raise RuntimeError(f"the CUDA driver refused a launch: {said} ({code})")
 
 
 def check_parameters(compiled: Any, addresses: int, lengths: int) -> None:
@@ -107,10 +160,11 @@ def check_parameters(compiled: Any, addresses: int, lengths: int) -> None:
     expected = [8] * addresses + [4] * lengths + [8, 8]
     sizes = expected
     if hasattr(library, "cuFuncGetParamInfo"):  # CUDA 12.4
-        offset, size, sizes = ctypes.c_size_t(), ctypes.c_size_t(), []
-        ask = library.cuFuncGetParamInfo
-        ask.argtypes = [c_void_p, ctypes.c_size_t, c_void_p, c_void_p]
-        while not ask(compiled.function, len(sizes), ctypes.byref(offset), ctypes.byref(size)):
+        offset, size, sizes = c_size_t(), c_size_t(), []
+        function = c_void_p(compiled.function)
+        while not library.cuFuncGetParamInfo(
+            function, c_size_t(len(sizes)), byref(offset), byref(size)
+        ):
             sizes.append(size.value)
     if scratch or meta.num_ctas != 1 or meta.launch_pdl or sizes != expected:
         raise RuntimeError(

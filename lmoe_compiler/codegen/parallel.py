@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from lmoe_compiler.codegen.addresses import INDENT
 from lmoe_compiler.codegen.indices import Indices
@@ -11,20 +10,6 @@ from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.plan import FAR, Store
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node
-
-
-class Divided(NamedTuple):
-    """Stores of a kernel with a loop over tiles, and `parts`, the contractions that its loop adds up for `rest`."""
-
-    tiles: list[Store]
-    alone: list[Store]
-    parts: list[Node]
-    rest: list[Store]
-
-    @property
-    def early(self) -> list[Node]:
-        """What is computed in the loop or before it."""
-        return [*self.parts, *(s.node for s in (*self.tiles, *self.alone))]
 
 
 class Parallel(Indices):
@@ -51,17 +36,12 @@ class Parallel(Indices):
     def print_loads(self, sums: Sequence[Node]) -> None:
         """Loads that do not differ from tile to tile, all together: nothing else brings them in flight at once.
 
-        Blocks that are used after a loop over tiles only are loaded here too: there their latency would be waited for.
-        Numbers of tokens are loaded there; here they would be kept through the loop in registers of every thread. Sums
-        over levels fill the registers: what they do not read is loaded after them.
+        What is used after a loop over tiles only is loaded here too: there its latency would be waited for. Sums over
+        levels fill the registers: what they do not read is loaded after them.
         """
-        nodes = closure(sums, self.cut) if sums else self.nodes
-        early = set(closure(self.divided(self.kernel.stores).early, self.cut))
-        for node in nodes:
-            kept = node in early or not set(node.axes) <= {ROW}
-            if self.is_load(node) and kept and self.inner_split(node) == "whole":
-                if not self.is_state(node):
-                    self.emit(node)
+        for node in closure(sums, self.cut) if sums else self.nodes:
+            if self.is_load(node) and self.inner_split(node) == "whole" and not self.is_state(node):
+                self.emit(node)
 
     @property
     def reach(self) -> str:
@@ -92,7 +72,12 @@ class Parallel(Indices):
         """
         kind = self.inner_split
         ((axis, _),) = self.kernel.inner
-        tiles, alone, parts, rest = self.divided(stores)
+        # A result that is the same along the axis (a gradient of zeros) fills tiles too.
+        tiles = [s for s in stores if kind(s.node) == "tile" or self.filled(s, axis)]
+        # What needs nothing of the loop comes before it, so that nothing is kept for it.
+        alone = [s for s in stores if s not in tiles and self.is_whole(s.node)]
+        rest = [s for s in stores if s not in tiles and s not in alone]
+        parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
         walked = closure([*parts, *(s.node for s in tiles)], self.cut)
         for store in alone:
             self.store(store.node, store.value)
@@ -124,20 +109,6 @@ class Parallel(Indices):
         self.casts = casts
         self.forget_pairs([s.node for s in rest])
         return rest
-
-    def divided(self, stores: Sequence[Store]) -> Divided:
-        """What a kernel stores, by its place: in the loop over tiles, before it, after it."""
-        kind = self.inner_split
-        if not self.kernel.inner:
-            return Divided([], list(stores), [], [])
-        ((axis, _),) = self.kernel.inner
-        # A result that is the same along the axis (a gradient of zeros) fills tiles too.
-        tiles = [s for s in stores if kind(s.node) == "tile" or self.filled(s, axis)]
-        # What needs nothing of the loop comes before it, so that nothing is kept for it.
-        alone = [s for s in stores if s not in tiles and self.is_whole(s.node)]
-        rest = [s for s in stores if s not in tiles and s not in alone]
-        parts = [n for n in closure([s.node for s in rest], self.cut) if self.is_contraction(n)]
-        return Divided(tiles, alone, parts, rest)
 
     @property
     def stays_shared(self) -> bool:

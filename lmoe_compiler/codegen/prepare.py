@@ -74,7 +74,8 @@ class Prepared:
     """What calls of one extent have in common. The workspace begins with what has to be zero.
 
     `places` of the shared values: the slot of a result, or WORKSPACE, and bytes from its start. `bytes` are the
-    workspace's. `totals` are the slots of the parts of sums, `ready` the launches by device: every kernel has run there.
+    workspace's. `totals` are the slots of the parts of sums. `ready` are the launches of devices on which every kernel
+    has run.
     """
 
     own: tuple[Made, ...]

@@ -68,74 +68,148 @@ fp32, products                 keys in tiles of 64, a loop of 2 stages over tile
 class Kind:
     """What the rules tell recurrences apart by.
 
-    solves      a state's update reads the state: chunks have triangular systems
+    solves      a state's update reads the state: chunks have triangular systems; `general`: along other keys than it
+                writes along
     vector      decays differ along an axis; `scalar`: they do not
     activated   log decays are functions of their token's numbers
     normalised  an output is divided by what is read of a state
-    wide        an axis is longer than 128
+    wide        an axis is longer than 128; `narrow`: none is longer than 64
     """
 
     solves: bool
+    general: bool
     vector: bool
     scalar: bool
     activated: bool
     normalised: bool
     wide: bool
+    narrow: bool
 
     @classmethod
     def of(cls, program: Program, call: Call) -> Kind:
         steps = [item for item in program.body if isinstance(item, Step)]
         decays = [d for s in steps for d in s.decays]
         vector = any(d.factor.axes for d in decays)
+        longest = max((size for _, size in call.sizes), default=16)
         return cls(
             any(s.feedbacks for s in steps),
+            any({f.key for f in s.feedbacks} - {w.key for w in s.writes} for s in steps),
             vector,
             bool(decays) and not vector,
             any(_activated(program, d) for d in decays),
             normalised(program),
-            max((size for _, size in call.sizes), default=16) > 128,
+            longest > 128,
+            longest <= 64,
         )
+
+
+@dataclass(frozen=True)
+class Load:
+    """How full a scan leaves the device.
+
+    few      with tiles of 64 values, and not cut into spans, there are fewer programs than SMs
+    fewest   the same with tiles of 16 values
+    alone    with tiles of 64 values and its spans there is about one program on each SM at most
+    """
+
+    few: bool
+    fewest: bool
+    alone: bool
+
+    @classmethod
+    def of(cls, call: Call, batch: int, length: int, span: int) -> Load:
+        whole, least = (_programs(call, batch, tile) for tile in (64, 16))
+        parts = -(-length // span) if span else 1
+        sms = device().sms
+        return cls(not _fills(whole), least <= sms, whole * parts <= 1.1 * sms)
 
 
 def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
     """The choice for a scan in chunks."""
     kind, backward = Kind.of(program, call), direction == "backward"
-    if call.dtype == "fp32":
-        choice = _full_precision(kind, backward)
-    else:
-        choice = _half_precision(kind, backward, few=not _fills(_programs(call, batch, 64)))
-    section = _section(program, kind, call, batch, length, choice.chunk) if backward else 0
+    chunk = _chunk(kind, call, backward)
+    section = _section(program, kind, call, batch, length, chunk) if backward else 0
     span = 0 if kind.solves else _span(kind, call, batch, section or length)
+    if call.dtype == "fp32":
+        choice = _full_precision(kind, backward, chunk)
+    else:
+        load = Load.of(call, batch, section or length, span)
+        choice = _half_precision(kind, backward, chunk, load)
     return replace(choice, section=section, span=span)
 
 
-def _half_precision(kind: Kind, backward: bool, few: bool) -> Choice:
-    solves, vector, wide = kind.solves, kind.vector, kind.wide
-    tile = 32 if wide else 64
-    chunk = 32 if solves or vector or wide or kind.normalised else 64
-    stages = 3 if chunk == 32 else 2
-    plain = vector and not kind.activated
-    prepare = Tuning(0, 0, 2 if chunk == 64 else 1, 3 if plain else 1, inner=16 if vector else 0)
-    if plain and not solves:
-        prepare = replace(prepare, inner=32)
-    small = solves and few and not wide
-    adjoint = Tuning(32, 0, 4, 4) if small else Tuning(tile, 0, 4, stages)
+def _chunk(kind: Kind, call: Call, backward: bool) -> int:
+    if call.dtype == "fp32":
+        return 16 if kind.normalised or (backward and (kind.solves or kind.scalar)) else 32
+    return 32 if kind.solves or kind.vector or kind.wide or kind.normalised else 64
+
+
+def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choice:
+    solves, vector, scalar = kind.solves, kind.vector, kind.scalar
+    small = kind.narrow and load.few and not kind.normalised
+    once = kind.activated or kind.wide or not (backward or small)
+    spans = Tuning(32 if kind.wide else 64, 0, 4, 3, offsets=True)
+    scan, states, adjoint = _scans(kind, chunk, load, small)
     return Choice(
         chunk=chunk,
-        prepare=solves or vector or (kind.scalar and (kind.activated or not backward)),
+        prepare=solves or vector or (kind.wide and not kind.normalised) or (scalar and once),
         prepare_rows=vector,
         products=solves,
-        default=Tuning(tile, 0, 4, stages, offsets=solves or vector or kind.scalar),
+        default=scan,
         kernels=(
-            ("prepare", prepare),
-            ("spans", Tuning(tile, 0, 4, 3, offsets=True)),
-            ("adjoint_spans", Tuning(tile, 0, 4, 3, offsets=True)),
-            ("adjoint", replace(adjoint, offsets=kind.scalar)),
-            ("states", Tuning(tile, 0, 4, 3 if solves or vector else 2, offsets=True)),
-            ("products", Tuning(64, 0, 4, 1, inner=64) if wide else Tuning(0, 0, 4, 1)),
+            ("prepare", _prepare(kind, chunk)),
+            ("spans", spans),
+            ("adjoint_spans", spans),
+            ("adjoint", adjoint),
+            ("states", states),
+            ("products", _products(kind)),
             ("gradients", _gradients(kind)),
         ),
     )
+
+
+def _prepare(kind: Kind, chunk: int) -> Tuning:
+    plain = kind.vector and not kind.activated
+    if kind.wide and kind.solves and not kind.vector:
+        return Tuning(0, 0, 1, 3, inner=64)
+    inner = (32 if plain and not kind.solves else 16) if kind.vector else 0
+    return Tuning(0, 0, 2 if chunk == 64 else 1, 3 if plain else 1, inner=inner)
+
+
+def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tuning, Tuning]:
+    """A forward's scan, and a backward's states and adjoint."""
+    solves, vector, scalar, wide = kind.solves, kind.vector, kind.scalar, kind.wide
+    stages = 3 if chunk == 32 or kind.narrow else 2
+    scan = Tuning(32 if wide else 64, 0, 4, stages, offsets=solves or vector or scalar)
+    states = replace(scan, num_stages=3 if solves or vector or kind.narrow else 2, offsets=True)
+    adjoint = replace(scan, offsets=scalar)
+    if wide and not kind.normalised:
+        large = replace(scan, block=128, num_warps=8)
+        if not (solves and scalar):
+            scan = large
+        if not scalar:
+            states = replace(large, num_stages=2, offsets=True)
+            adjoint = adjoint if solves else replace(large, offsets=False)
+            adjoint = replace(adjoint, num_stages=2 if vector or not solves else stages)
+    elif solves and (small or load.fewest):
+        scan = replace(scan, block=16)
+        states = replace(states, block=16 if small else 64)
+        adjoint = replace(adjoint, block=32 if small else 16, num_stages=4)
+    elif solves and load.few:
+        adjoint = replace(adjoint, block=32, num_stages=4)
+    elif small:
+        scan = replace(scan, block=32)
+        adjoint = adjoint if scalar else replace(adjoint, block=32, num_stages=4)
+    elif load.alone and not (vector or scalar):
+        scan, adjoint = replace(scan, num_stages=3), replace(adjoint, num_stages=3)
+    return scan, states, adjoint
+
+
+def _products(kind: Kind) -> Tuning:
+    decays = kind.vector or kind.scalar
+    if kind.wide:
+        return Tuning(64, 0, 4, 1 if decays else 2, inner=64)
+    return Tuning(0, 0, 4, 1 if decays else 2, inner=64 if kind.general or not decays else 0)
 
 
 def _gradients(kind: Kind) -> Tuning:
@@ -145,17 +219,21 @@ def _gradients(kind: Kind) -> Tuning:
     if kind.solves:
         if kind.vector:
             return Tuning(0, 0, 2, 3, inner=16)
-        return Tuning(0, 0, 1, 1, inner=32)
+        if kind.narrow:
+            return Tuning(0, 0, 1, 1, inner=16) if kind.scalar else Tuning(0, 0, 2, 1)
+        return Tuning(0, 0, 1, 3, inner=16) if kind.scalar else Tuning(0, 0, 1, 1, inner=32)
     if kind.scalar:
-        return Tuning(0, 0, 4, 3, inner=32) if kind.activated else Tuning(0, 0, 4, 2, inner=64)
-    return Tuning(64, 0, 4, 3, inner=32)
+        usual = not (kind.narrow or kind.wide)
+        return Tuning(0, 0, 4, 3, inner=32) if usual else Tuning(0, 0, 4, 2, inner=64)
+    if kind.narrow:
+        return Tuning(0, 0, 4, 1)
+    return Tuning(64, 0, 4, 3, inner=64 if kind.wide and not kind.vector else 32)
 
 
-def _full_precision(kind: Kind, backward: bool) -> Choice:
+def _full_precision(kind: Kind, backward: bool, chunk: int) -> Choice:
     """A product takes three times the registers and shared memory that it does in half precision."""
     solves, vector, scalar = kind.solves, kind.vector, kind.scalar
     products = solves or scalar
-    chunk = 16 if kind.normalised or (backward and products) else 32
     tile = 32 if kind.wide else 64
     stages = 2 if scalar else 3
     one_warp = solves if chunk == 16 else vector and not solves
@@ -233,8 +311,13 @@ def _fills(programs: int) -> bool:
 
 
 def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
-    """Tokens of spans that just fill the SMs with two blocks each, at least 1024; 0 where the sequence stays whole."""
+    """Tokens of spans that just fill the SMs with two blocks each; 0 where the sequence stays whole.
+
+    They have 1024 at least, or 512 where there are four of them at least.
+    """
     programs = _programs(call, batch, 64)
     alone = kind.vector and _fills(programs)
-    spans = 1 if alone else min(2 * device().sms // programs, length // 1024)
+    spans = 1 if alone else min(2 * device().sms // programs, length // 512)
+    if spans < 4:
+        spans = min(spans, length // 1024)
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0
