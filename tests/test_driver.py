@@ -1,4 +1,4 @@
-"""What a repeated call hands to the CUDA driver: the kernels' order, grids and arguments, read as the driver reads them."""
+"""What a repeated call hands to the CUDA driver: order, grids and arguments of kernels, read as the driver reads them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Recorder(host.Driver):
     freed: list[int] = field(default_factory=list)
     arguments: dict[int, int] = field(default_factory=dict)
 
-    def cuGraphAddKernelNode_v2(self, new: Any, graph: Any, before: Any, count: Any, node: Any) -> int:
+    def cuGraphAddKernelNode_v2(
+        self, new: Any, graph: Any, before: Any, count: Any, node: Any
+    ) -> int:
         own = self.nodes[-1] if count.value else self.nodes.append([]) or self.nodes[-1]
         if count.value:
             assert before._obj.value == own[-1], "kernels run one after another"
@@ -161,7 +163,10 @@ def test_an_error_of_the_driver_is_said_in_its_words(recorder, monkeypatch):
 def test_a_kernel_with_other_parameters_is_refused(recorder, monkeypatch):
     """A Triton that passes something else than it did would be told by the driver's count of parameters."""
     monkeypatch.setattr(
-        Recorder, "cuFuncGetParamInfo", lambda self, function, index, *_: index.value > 2, raising=False
+        Recorder,
+        "cuFuncGetParamInfo",
+        lambda self, function, index, *_: index.value > 2,
+        raising=False,
     )
     recurrence, inputs = kernels_of("linear_attention")
     with pytest.raises(RuntimeError, match=r"parameters of \[0, 0, 0\] bytes"):

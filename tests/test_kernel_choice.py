@@ -286,7 +286,7 @@ def test_a_repeated_call_only_looks_up():
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_host_work_of_a_call_is_bounded():
-    """Python functions entered by a call, which unlike its time is the same on every machine."""
+    """Python functions entered by a call, which unlike its time is the same on every machine; the driver's too."""
     inputs = [x.requires_grad_() for x in arguments(dtype=torch.float32, T=40)]
     token = [x[:, 0].detach() if x.dim() > 2 else x.detach() for x in inputs]
     state = torch.zeros(2, 4, 3, 2)
@@ -295,6 +295,7 @@ def test_host_work_of_a_call_is_bounded():
         output = kernels(*inputs)
         torch.autograd.grad(output, inputs, output)
 
-    for run_, most in ((train, 165), (lambda: kernels.step(*token, state=state), 60)):
-        run_()
+    for run_, most in ((train, 165), (lambda: kernels.step(*token, state=state), 62)):
+        for _ in range(2):  # the second call makes the graph
+            run_()
         assert host.functions_entered(run_) <= most

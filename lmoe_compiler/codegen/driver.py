@@ -85,15 +85,16 @@ class Graph:
             for one in self.updates:
                 if code := update(*one):
                     check(code)
-            check(library.cuGraphLaunch(self.executable, stream))
+            if code := library.cuGraphLaunch(self.executable, stream):
+                check(code)
 
 
 class Launches:
     """What launches calls of one extent on one device.
 
     kernels   of each launch: the compiled kernel (None for an empty grid), and what it is given (prepare.Launch)
-    slots     how many addresses a call has
-    lock      is held from `begin` to the last launch: calls share the array
+    slots     how many addresses a call has; `fill(values, 0, *addresses)` writes them into the array
+    lock      is held from then to the last launch, which copies what it is given: calls share the array
     """
 
     def __init__(self, kernels: Sequence[tuple[Any, Launch]], slots: int) -> None:
@@ -127,10 +128,6 @@ class Launches:
         warps, _, shared = compiled.packed_metadata[:3]
         address = ctypes.addressof(parameters)
         return Node(compiled.function, grid, 1, 1, 32 * warps, 1, 1, shared, address)
-
-    def begin(self, addresses: Sequence[int]) -> None:
-        """Take a call's addresses; kernels' arguments are copied when they are launched."""
-        self.fill(self.values, 0, *addresses)
 
 
 @cache

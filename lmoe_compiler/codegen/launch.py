@@ -133,7 +133,7 @@ class Executable:
             enter(index)
             stream = current_stream(index)
             with launches.lock:
-                launches.begin(values)
+                launches.fill(launches.values, 0, *values)
                 for graph in launches.graphs:
                     graph.launch(stream)
                     for parts in graph.sums:
