@@ -97,20 +97,15 @@ def test_forward_kernels_are_within_budget(name):
     within_budget(compiled(name, "--directions", "forward"))
 
 
-OVER_BUDGET = {
-    ("simple_gla", "gradients"): 92,
-    ("gated_delta_rule", "gradients"): 72,
-    ("rwkv7", "products"): 136,
-    ("rwkv7", "gradients_far"): 452,
-}
-"""Bytes that they spill: what spills less takes longer (rules.RULES); far kernels have work where decays are strong."""
+OVER_BUDGET = {("rwkv7", "gradients_far"): 452}
+"""Bytes that they spill. A far kernel has work where decays are strong."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
-    "linear_attention simple_gla mamba2 gla delta_rule gated_delta_rule kda rwkv7".split(),
+    "linear_attention simple_gla retention mamba2 gla delta_rule gated_delta_rule kda rwkv7".split(),
 )
 def test_kernels_of_the_backward_are_within_budget(name):
     rows = compiled(name, "--directions", "backward")

@@ -1,4 +1,4 @@
-"""What a repeated call hands to the CUDA driver: order, grids and arguments of kernels, read as the driver reads them."""
+"""What a repeated call hands to the CUDA driver: order, grids and arguments of kernels, as the driver reads them."""
 
 from __future__ import annotations
 

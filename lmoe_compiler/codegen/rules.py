@@ -14,52 +14,79 @@ H200, B2 T16384 H16 K = V = 128, bf16; microseconds of one kernel
 scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
 chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
-scalar decay, forward          pairs once, by 2 warps (83; 4 warps 98, 1 warp 89): scan 182 against 298, which keeps all
-                               in registers without spills; at B1 T8192 H96 487 against 505
-scalar decay, backward         pairs once only where log decays are activations: Mamba-2 1866 against 2005 (its adjoint
-                               291 against 484); simple GLA 1607 against 1559
+scalar decay, forward          pairs once, by 2 warps (83; 4 warps 98, 1 warp 89): scan 182 against 298, which keeps
+                               all in registers without spills; at B1 T8192 H96 487 against 505
+scalar decay, backward         pairs once only where log decays are activations: Mamba-2 1866 against 2005 (its
+                               adjoint 291 against 484); simple GLA 1607 against 1559
 prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
 prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701); with solves 421 (540); its
                                loop over keys in 3 stages: GLA 251 (1 stage 285), KDA 343 (404), RWKV-7 801 with 2
                                (899); where log decays are activations in 1: HGRN2 316 (2 stages 345). Tiles of 32
                                keys: GLA 209 (16: 246), KDA 374 (340), HGRN2 384 (315)
 near and far kernels           apart 289 + 3, in one kernel 529 (prepare of GLA); gradients of KDA 1856 -> 1040
-near ones without levels       and their running sums merged: gradients of KDA 812 (925), RWKV-7 1126 (1582), HGRN2 1022
-                               (1202), GLA 1026 (1107); prepare of RWKV-7 557 (738)
-products, solves               values contracted apart: 617 + 433 against 1496; in tiles of keys or values 827 to 2584
-gradients, solves              1 warp walks tiles of 32 keys: gated delta rule 424 (of 16: 508, in 3 stages 480), delta
-                               rule 392 (393). What is needed of pairs after the loop is loaded again: kept, it spills
-gradients, solves and levels   2 warps walk tiles of 16 keys in 3 stages: KDA 744 (2 stages 805; 4 warps, of 32: 1490; 1
-                               warp 980), RWKV-7 1086 (1131; 4 warps 2742)
+near ones without levels       and their running sums merged: gradients of KDA 812 (925), RWKV-7 1126 (1582), HGRN2
+                               1022 (1202), GLA 1026 (1107); prepare of RWKV-7 557 (738)
+products, solves               values contracted apart: 617 + 433 against 1496. A loop over tiles of 64 keys: delta
+                               rule 543 in 2 stages (592 without), RWKV-7 973 in 1 (991; spills 16 B, 136), but KDA
+                               747 (618), gated delta rule 763 (661)
+gradients, solves              1 warp walks tiles of 32 keys: delta rule 392 (of 16: 393); gated delta rule of 16 in 3
+                               stages, 464, spills 24 B (of 32: 426, 72 B). What is needed of pairs after the loop is
+                               loaded again: kept, it spills. Numbers of tokens loaded after it: 457, 64 B; KDA 751
+                               (743)
+gradients, solves and levels   2 warps walk tiles of 16 keys in 3 stages: KDA 744 (2 stages 805; 4 warps, of 32: 1490;
+                               1 warp 980), RWKV-7 1086 (1131; 4 warps 2742)
 gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
 gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474)
-gradients, scalar decay        tiles of 64 keys: 521, spills 92 B (of 32 in 3 stages: 586, none; tiles of values: 644,
-                               671, none); Mamba-2 695 in 3 stages of 32 keys. Sums over pairs taken from the products
-                               of queries and keys: 569 with tiles of 32 keys, none, but dg 5 times less exact
-contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505 (1112),
-                               HGRN2 489 + 758 (1213), no spills; not done: too little, and products are rounded
-chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated 3034
-                               (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
+gradients, scalar decay        tiles of 32 keys in 3 stages: 584, RetNet 604, no spills (2 stages 604, 617; of 64
+                               keys: 520 and 521, but 92 and 116 B, over the budget; tiles of values: 644, 671);
+                               Mamba-2 695. Sums over pairs taken from the products of queries and keys: 569, but dg 5
+                               times less exact
+contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
+                               (1112), HGRN2 489 + 758 (1213), no spills; not done: too little, and products are
+                               rounded
+chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
+                               3034 (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
-rows as base and offsets       in scans: spans of scalar decays 70 (87), states of GLA 235 (286), adjoint of simple GLA
-                               285 (317), of RetNet 303 (280); not: adjoint of KDA 831 (763), gradients of RetNet 557
-                               (531), scan of linear attention 192 (185)
+adjoint, no decay              3 stages where an SM has one program: 78 at B4 T2048 (2 stages 102); not else: 272
+                               (246)
+few heads, solves              tiles of 16 values where those just fill the SMs: B1 T65536 H8, scan 1391 (64: 1574),
+                               gated 1559 (1882), KDA 1587 (1861), adjoint 1864 (2390), gated 2400 (2966), KDA 2236
+                               (2713)
+K = V = 64, B8 T1024 H8        tiles of 32 values and 3 stages: linear attention 17.7 (64, 2 stages: 20.1; cut in two
+                               18.0), simple GLA 27.4 in one kernel (37.5 with pairs apart), delta rule of 16: 27.0
+                               (29.2), gated 29.5 (35.0); adjoint of linear attention 20.6 (29.4), GLA 32 (49), simple
+                               GLA 30 (37; tiles of 32: 31.6); gradients without a loop: 18.0 (22.8), GLA 59.7
+                               (113.8), delta rule 24.0 (28.0), gated in tiles of 16 keys 38.5 (42.4). Gradients in
+                               the reverse scan: 51.9 for 29 + 23
+K = V = 256, B8 T2048 H32      scans of tiles of 128 values with 8 warps, pairs apart: linear attention 513 (1726),
+                               simple GLA 989 (1216), GLA 921 (1415), delta rule 837 (1259), KDA 1685 (2117), not
+                               gated: 1322 (1169); states and adjoint so too without solves or scalar decays: 1757
+                               (2470), GLA 2183 (2500), states of delta rule 897 (1326), KDA 1381 (1519). Gradients of
+                               linear attention with tiles of 64 values 1360 (32: 1814), Mamba-2 with 64 keys 3397
+                               (32: 7572); prepare of delta rules in tiles of 64 keys 160 (218). These spill up to 144
+                               B
+rows as base and offsets       in scans: spans of scalar decays 70 (87), states of GLA 235 (286), adjoint of simple
+                               GLA 285 (317), of RetNet 303 (280); not: adjoint of KDA 831 (763), gradients of RetNet
+                               557 (531), scan of linear attention 192 (185)
 chunk 128, backward            linear attention: states 115 (64: 175), but adjoint 333 (249), gradients 475 (367)
-spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %
-spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs. Scalar
-                               decays are cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86 (whole 134)
-states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 linear attention
-                               337 us, 180 MiB against 292, 264; KDA 977, 418 against 947, 645; delta rule 660, 256
-                               against 595, 569
+spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %; of 512 tokens
+                               at least, if there are four: B1 T2048 H32, linear attention 41 + 113 (of 1024: 53 +
+                               127), simple GLA 59 + 159 (71 + 176), GLA 81 + 267 (96 + 282)
+spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs.
+                               Scalar decays are cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86
+                               (whole 134)
+states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 linear
+                               attention 337 us, 180 MiB against 292, 264; KDA 977, 418 against 947, 645; delta rule
+                               660, 256 against 595, 569
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
-fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 64: 1809), simple GLA 1751 (2007, 3164),
-                               GLA 1957 (2404); solves in tiles of 16 values: delta rule 3146 (of 32: 4204; chunk 16:
-                               4014), KDA 5391 (4921), RWKV-7 8132 (9502)
+fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 64: 1809), simple GLA 1751 (2007,
+                               3164), GLA 1957 (2404); solves in tiles of 16 values: delta rule 3146 (of 32: 4204;
+                               chunk 16: 4014), KDA 5391 (4921), RWKV-7 8132 (9502)
 fp32, backward                 chunk 32: linear attention 3932 (16: 6280), GLA 5770 (6639). Chunk 16: delta rule 10862
                                (12667; with the adjoint in tiles of 32 values, not 16: 11259, and those were compared
-                               with float64 at K = V = 128), simple GLA 9224 (contractions not apart:
-                               9905; chunk 32: 10867)
+                               with float64 at K = V = 128), simple GLA 9224 (contractions not apart: 9905; chunk 32:
+                               10867)
 fp32, products                 keys in tiles of 64, a loop of 2 stages over tiles of 32 values: delta rule 3557 (keys
                                in tiles of 32, 1 stage: 8209)"""
 
