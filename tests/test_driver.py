@@ -1,9 +1,12 @@
-"""What a repeated call hands to the CUDA driver: order, grids and arguments of kernels, as the driver reads them."""
+"""What the CUDA driver is given: what Triton was given by the first call, as the driver reads it, in the same order."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,162 +15,301 @@ import torch
 from cases import CASES, Sizes, make_inputs
 
 from lmoe_compiler.bench import host
-from lmoe_compiler.codegen import compiled, driver, launch, launcher
-from lmoe_compiler.codegen.workspace import WORKSPACE
-from lmoe_compiler.definition import Recurrence
+from lmoe_compiler.codegen import compiled, driver, launch, launcher, tuned
+from lmoe_compiler.codegen.plan import Choice, Tuning
+from lmoe_compiler.errors import FallbackWarning
 
 pytest.importorskip("triton")
+
+STREAM = 77
+SECTIONS = Choice(chunk=32, section=512, prepare=True, products=True, default=Tuning(16, 16))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel: its function, grid, threads, bytes of shared memory, addresses and lengths."""
+
+    function: int
+    grid: tuple[int, int, int]
+    threads: tuple[int, int, int]
+    shared: int
+    arguments: tuple[int, ...]
 
 
 @dataclass
 class Recorder(host.Driver):
-    """Nodes by number, each after the one that it names; a launch records (function, grid, arguments) in that order."""
+    """Nodes by graph, each after the one that it names; `given` is what they were last pointed at."""
 
     nodes: list[list[int]] = field(default_factory=list)
-    given: dict[int, tuple[int, int, list[int]]] = field(default_factory=dict)
-    launched: list[list[tuple[int, int, list[int]]]] = field(default_factory=list)
-    streams: list[int] = field(default_factory=list)
-    freed: list[int] = field(default_factory=list)
-    arguments: dict[int, int] = field(default_factory=dict)
+    given: dict[int, Launched] = field(default_factory=dict)
+    launched: list[Launched] = field(default_factory=list)
+    graphs: int = 0
+    by_triton: list[Launched] = field(default_factory=list)
+    freed: list[tuple[str, int]] = field(default_factory=list)
+    parameters: dict[int, list[int]] = field(default_factory=dict)
+    code: int = 0
+
+    def cuGraphCreate(self, graph: Any, flags: int) -> int:
+        self.nodes.append([])
+        graph._obj.value = len(self.nodes)
+        return 0
 
     def cuGraphAddKernelNode_v2(
         self, new: Any, graph: Any, before: Any, count: Any, node: Any
     ) -> int:
-        own = self.nodes[-1] if count.value else self.nodes.append([]) or self.nodes[-1]
-        if count.value:
-            assert before._obj.value == own[-1], "kernels run one after another"
-        new._obj.value = 100 * len(self.nodes) + len(own) + 1
+        own = self.nodes[graph.value - 1]
+        assert [before._obj.value] == own[-1:] if count.value else not own
+        new._obj.value = 1000 * graph.value + len(own)
         own.append(new._obj.value)
         return 0
 
     def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:
-        executable._obj.value = len(self.nodes)
+        executable._obj.value = 100 + graph.value
         return 0
 
     def cuGraphExecKernelNodeSetParams_v2(self, executable: int, place: int, address: int) -> int:
-        node = driver.Node.from_address(address)
-        count = self.arguments[node.function] + 2
-        pointers = (ctypes.c_void_p * count).from_address(node.parameters)
-        values = [ctypes.c_uint64.from_address(p).value for p in pointers]
-        assert place in self.nodes[executable - 1]
-        assert values[-2:] == [0, 0], "no scratch memory"
-        self.given[place] = (node.function, node.grid_x, values[:-2])
+        function, *sizes = self.words(address)
+        grid, threads, shared = tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
+        pointers = ctypes.c_uint64.from_address(address + 40).value
+        assert [ctypes.c_uint64.from_address(address + at).value for at in (48, 56, 64)] == [
+            0,
+            0,
+            0,
+        ]
+        read = [
+            (ctypes.c_uint64 if size == 8 else ctypes.c_uint32)
+            .from_address(ctypes.c_uint64.from_address(pointers + 8 * i).value)
+            .value
+            for i, size in enumerate(self.parameters[function])
+        ]
+        assert read[-2:] == [0, 0], "scratch memory"
+        assert place in self.nodes[executable - 101]
+        self.given[place] = Launched(function, grid, threads, shared, tuple(read[:-2]))
         return 0
 
+    @staticmethod
+    def words(address: int) -> tuple[int, ...]:
+        """The function, then grid, block and shared memory, as cuda.h has them."""
+        rest = (ctypes.c_uint32 * 7).from_address(address + 8)
+        return (ctypes.c_uint64.from_address(address).value, *rest)
+
     def cuGraphLaunch(self, executable: int, stream: int) -> int:
-        self.launched.append([self.given.pop(place) for place in self.nodes[executable - 1]])
-        self.streams.append(stream)
+        assert stream == STREAM
+        if self.code:
+            return self.code
+        self.graphs += 1
+        self.launched += [self.given.pop(place) for place in self.nodes[executable - 101]]
         return 0
 
     def cuGraphExecDestroy(self, handle: Any) -> int:
-        self.freed.append(handle.value)
+        self.freed.append(("executable", handle.value))
         return 0
 
+    def cuGraphDestroy(self, handle: Any) -> int:
+        self.freed.append(("graph", handle.value))
+        return 0
 
-def kernels_of(name: str) -> tuple[Recurrence, list[torch.Tensor]]:
-    case = next(c for c in CASES if c.name == name)
-    inputs, _ = make_inputs(case, Sizes(B=1, T=80, H=2, K=16, V=16), torch.float32)
-    return case.recurrence.with_options(implementation="triton"), list(inputs.values())
+    def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:
+        sizes = self.parameters[function.value]
+        if index.value >= len(sizes):
+            return driver.INVALID_VALUE
+        size._obj.value = sizes[index.value]
+        return 0
 
-
-@pytest.fixture
-def recorder(monkeypatch):
-    """Every launcher's kernel is a function of its own."""
-    found, functions = Recorder(), iter(range(1, 1000))
-
-    def compile_(self, grid, args, device, keep):
-        self.compiled[device] = host.Compiled()
-        self.compiled[device].function = number = next(functions)
-        found.arguments[number] = len(args)
-
-    with host.no_launches():
-        monkeypatch.setattr(driver, "driver", lambda: found)
-        monkeypatch.setattr(launcher.Launcher, "compile", compile_)
-        yield found
-
-
-@pytest.mark.parametrize("name", ["gated_delta_rule", "retention", "gla"])
-def test_kernels_get_their_arguments_in_order(name, recorder, monkeypatch):
-    """Of a training step called twice: inputs, results, places in the workspace, sums; parts of a head parameter's
-    gradient (retention) are added up after the kernels that leave them."""
-    recurrence, inputs = kernels_of(name)
-    leaves = [x.requires_grad_() for x in inputs]
-    made: list[torch.Tensor] = []
-    plain = launch.allocate
-
-    def allocate(*args: Any) -> torch.Tensor:
-        made.append(plain(*args))
-        return made[-1]
-
-    d_output = torch.ones_like(recurrence(*inputs))
-
-    def train() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(recurrence(*leaves), leaves, d_output)
-
-    assert not recorder.launched, "the first call is Triton's"
-    train()
-    recorder.launched.clear()
-    monkeypatch.setattr(launch, "allocate", allocate)
-    train()
-    alive = {x.data_ptr(): x for x in (*leaves, d_output, *made)}
-    for entry in compiled._calls.values():
-        prepared, plan = entry.prepared, entry.executable.plan
-        own = [recorder.launched.pop(0) for _ in prepared.ready[None].graphs]
-        calls = [call for graph in own for call in graph]
-        assert [c[0] for c in calls] == [
-            one.launcher.compiled[None].function for one in prepared.launches
-        ]
-        assert [c[1] for c in calls] == [one.grid for one in prepared.launches]
-        breaks = [bool(one.sums) for one in prepared.launches]
-        assert len(own) == sum(breaks) + (not breaks[-1])
-        given, results = len(entry.executable.given), len(prepared.own)
-        for (_, _, values), one in zip(calls, prepared.launches, strict=True):
-            addresses, lengths = values[: len(one.slots)], values[len(one.slots) :]
-            assert tuple(n & 0xFFFFFFFF for n in lengths) == one.lengths
-            for slot, address in zip(one.slots, addresses, strict=True):
-                if slot < given + results:
-                    assert address in alive, (plan.direction, slot)
-                elif slot < given + results + len(prepared.shared):
-                    room, at = prepared.places[slot - given - results]
-                    if room == WORKSPACE:
-                        assert alive[address - at].numel() == prepared.bytes
-    assert not recorder.launched
-    assert not recorder.given
-
-
-def test_graphs_go_with_what_was_prepared(recorder):
-    recurrence, inputs = kernels_of("linear_attention")
-    for _ in range(3):
-        recurrence(*inputs)
-    assert len(recorder.launched) == 2
-    assert not recorder.freed
-    compiled.forget()
-    gc.collect()
-    assert recorder.freed == [1]
-
-
-def test_an_error_of_the_driver_is_said_in_its_words(recorder, monkeypatch):
-    recurrence, inputs = kernels_of("linear_attention")
-    recurrence(*inputs)
-
-    def says(self, code, text):
+    def cuGetErrorString(self, code: int, text: Any) -> int:
         text._obj.value = b"an illegal memory access was encountered"
         return 0
 
-    monkeypatch.setattr(Recorder, "cuGraphLaunch", lambda *_: 700)
-    monkeypatch.setattr(Recorder, "cuGetErrorString", says, raising=False)
-    with pytest.raises(RuntimeError, match=r"illegal memory access was encountered \(700\)"):
-        recurrence(*inputs)
+
+@pytest.fixture
+def recorder(monkeypatch) -> Iterator[Recorder]:
+    """Every kernel has a function of its own. Tensors of a call lie where those of the call before did."""
+    found, functions = Recorder(), {}
+    pool: dict[tuple[str, int], torch.Tensor] = {}
+    count: dict[str, int] = {}
+
+    def pooled(name: str, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def take(*args: Any) -> torch.Tensor:
+            key = name, count.get(name, 0)
+            count[name] = key[1] + 1
+            return pool.setdefault(key, make(*args))
+
+        return take
+
+    def call(run: Callable[[], object]) -> object:
+        count.clear()
+        return run()
+
+    def compile_(self, grid, args, device, keep):
+        number = functions.setdefault(id(self), len(functions) + 1)
+        read = tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args)
+        found.parameters[number] = [8 if isinstance(x, torch.Tensor) else 4 for x in args] + [8, 8]
+        warps = self.kernel.tuning.num_warps
+        found.by_triton.append(Launched(number, (grid, 1, 1), (32 * warps, 1, 1), number, read))
+        if keep:
+            self.compiled[device] = host.Compiled()
+            self.compiled[device].function = number
+            self.compiled[device].packed_metadata = (warps, 1, number)
+
+    with host.no_launches():
+        monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
+        monkeypatch.setattr(launch, "allocate", pooled("allocate", launch.allocate))
+        monkeypatch.setattr(launch, "added_up", pooled("sum", launch.added_up))
+        monkeypatch.setattr(driver, "driver", lambda: found)
+        monkeypatch.setattr(launcher.Launcher, "compile", compile_)
+        found.call = call  # type: ignore[attr-defined]
+        yield found
 
 
-def test_a_kernel_with_other_parameters_is_refused(recorder, monkeypatch):
-    """A Triton that passes something else than it did would be told by the driver's count of parameters."""
-    monkeypatch.setattr(
-        Recorder,
-        "cuFuncGetParamInfo",
-        lambda self, function, index, *_: index.value > 2,
-        raising=False,
-    )
-    recurrence, inputs = kernels_of("linear_attention")
-    with pytest.raises(RuntimeError, match=r"parameters of \[0, 0, 0\] bytes"):
-        recurrence(*inputs)
+def training(name: str, T: int, size: int) -> Callable[[], object]:
+    case = next(c for c in CASES if c.name == name)
+    inputs, _ = make_inputs(case, Sizes(B=1, T=T, H=2, K=size, V=size), torch.float32)
+    recurrence = case.recurrence.with_options(implementation="triton")
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    with torch.no_grad():
+        d_output = torch.ones_like(recurrence(*leaves))
+
+    def train() -> object:
+        return torch.autograd.grad(recurrence(*leaves), leaves, d_output)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "size", "choice", "graphs"),
+    [
+        ("gated_delta_rule", 80, 16, None, 2),
+        ("gla", 80, 16, None, 2),
+        ("retention", 80, 16, None, 2),
+        ("gated_delta_rule", 1100, 64, SECTIONS, 0),
+        ("retention", 1100, 64, SECTIONS, 0),  # sums over tiles that later kernels read
+    ],
+)
+def test_the_driver_gets_what_triton_got(recorder, name, T, size, choice, graphs):
+    """In order: grid, threads, shared memory, every address and length; sums are taken where they were."""
+    if choice is None:
+        train = training(name, T, size)
+        recorder.by_triton.clear()
+        compiled.forget()
+        recorder.call(train)
+    else:
+        with tuned.forced("backward", choice):
+            train = training(name, T, size)
+            recorder.by_triton.clear()
+            compiled.forget()
+            recorder.call(train)
+    first = list(recorder.by_triton)
+    assert first
+    assert not recorder.launched
+    for _ in range(3):
+        recorder.launched.clear()
+        recorder.graphs = 0
+        recorder.call(train)
+        assert recorder.launched == first
+        assert recorder.by_triton == first, "nothing more by Triton"
+        assert not recorder.given
+        assert recorder.graphs == graphs or graphs == 0
+    if choice is not None:
+        breaks = sum(
+            bool(one.sums) for e in compiled._calls.values() for one in e.prepared.launches
+        )
+        assert breaks > 1
+        assert recorder.graphs > 2
+
+
+def test_unaligned_and_observed_calls_are_launched_by_triton(recorder, monkeypatch):
+    """A capture, a profiler's hook, a tensor at an odd address; afterwards it is the graph's turn again."""
+    train = training("linear_attention", 80, 16)
+    for _ in range(2):
+        recorder.call(train)
+    assert recorder.launched
+    recorder.launched.clear()
+    recorder.by_triton.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_observed", lambda device: True)
+        recorder.call(train)
+    assert recorder.by_triton
+    assert not recorder.launched
+    recorder.by_triton.clear()
+    recorder.call(train)
+    assert recorder.launched
+    assert not recorder.by_triton
+    recorder.launched.clear()
+    case = next(c for c in CASES if c.name == "linear_attention")
+    inputs, _ = make_inputs(case, Sizes(B=1, T=80, H=2, K=16, V=16), torch.float32)
+    odd = torch.empty(inputs["q"].numel() + 1)[1:].view_as(inputs["q"])
+    case.recurrence.with_options(implementation="triton")(odd, inputs["k"], inputs["v"])
+    assert recorder.by_triton
+    assert not recorder.launched
+
+
+def test_calls_of_many_threads_do_not_mix(recorder):
+    """Each call's addresses reach its own kernels, though all calls share one array."""
+    case = next(c for c in CASES if c.name == "linear_attention")
+    recurrence = case.recurrence.with_options(implementation="triton")
+    inputs, _ = make_inputs(case, Sizes(B=1, T=80, H=2, K=16, V=16), torch.float32)
+    given = [[x.clone() for x in inputs.values()] for _ in range(4)]
+    for xs in given[:2]:
+        recurrence(*xs)
+    recorder.launched.clear()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda xs: [recurrence(*xs) for _ in range(100)], given))
+    finally:
+        sys.setswitchinterval(before)
+    owner = {x.data_ptr(): i for i, xs in enumerate(given) for x in xs}
+    owners = [{owner[a] for a in one.arguments if a in owner} for one in recorder.launched]
+    assert all(len(found) == 1 for found in owners)
+    assert all(sum(found == {i} for found in owners) >= 100 for i in range(4))
+
+
+def test_graphs_go_with_what_was_prepared(recorder):
+    train = training("linear_attention", 80, 16)
+    for _ in range(3):
+        recorder.call(train)
+    assert not recorder.freed
+    compiled.forget()
+    gc.collect()
+    assert sorted(recorder.freed) == [
+        ("executable", 101), ("executable", 102), ("graph", 1), ("graph", 2)
+    ]  # fmt: skip
+
+
+def test_an_error_of_the_driver_is_said_in_its_words_and_leaves_no_lock(recorder):
+    train = training("linear_attention", 80, 16)
+    for _ in range(2):
+        recorder.call(train)
+    recorder.code = 700
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"illegal memory access was encountered \(700\)"):
+            recorder.call(train)
+    assert all(not e.prepared.ready[None].lock.locked() for e in compiled._calls.values())
+
+
+@pytest.mark.parametrize("change", ["parameters", "scratch"])
+def test_kernels_with_parameters_of_tritons_own_are_left_to_triton(recorder, monkeypatch, change):
+    """As its instrumentation adds; it is said once."""
+    launch._say_once.cache_clear()
+    if change == "scratch":
+        monkeypatch.setattr(host.Compiled.metadata, "profile_scratch_size", 8)
+    else:
+        monkeypatch.setattr(Recorder, "cuFuncGetParamInfo", lambda *_: driver.INVALID_VALUE)
+    with pytest.warns(FallbackWarning, match="one by one by Triton") as said:
+        train = training("linear_attention", 80, 16)
+        for _ in range(3):
+            recorder.call(train)
+    assert len(said) == 1
+    assert not recorder.launched
+    assert len(recorder.by_triton) > 6
+
+
+def test_what_a_node_is_made_of():
+    """CUDA_KERNEL_NODE_PARAMS_v2 of cuda.h, CUDA 12 and 13."""
+    offsets = {name: getattr(driver.Node, name).offset for name, _ in driver.Node._fields_}
+    assert ctypes.sizeof(driver.Node) == 72
+    assert offsets == {
+        "function": 0, "grid_x": 8, "grid_y": 12, "grid_z": 16, "block_x": 20, "block_y": 24, "block_z": 28,
+        "shared": 32, "parameters": 40, "extra": 48, "kernel": 56, "context": 64,
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -32,6 +33,37 @@ def test_opcheck(given_state):
     inputs = on_device(*arguments(dtype=torch.float32), grad=True)
     states = on_device(state(dtype=torch.float32), grad=True) if given_state else []
     torch.library.opcheck(torch.ops.lmoe.scan.default, (gated.text(), inputs, states, None, ""))
+
+
+def test_a_thread_of_its_own_and_a_stream_of_its_own():
+    """A repeated call is launched as a graph, which needs the device's context in whatever thread it runs."""
+    inputs = on_device(*arguments(2, 130, dtype=torch.bfloat16))
+    expected = gated(*inputs)
+    gated(*inputs)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(gated, *inputs).result()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        torch.cuda._sleep(10_000_000)
+        late = [x + 0 for x in inputs]
+        found = gated(*late)
+    aside.synchronize()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_many_calls_in_flight_keep_their_own_arguments():
+    """A graph is pointed at the next call's tensors while it still runs for those before."""
+    given = [on_device(*arguments(2, 700, dtype=torch.bfloat16)) for _ in range(8)]
+    for i, xs in enumerate(given):
+        xs[2].mul_(i + 1)
+    expected = [gated(*xs) for xs in given]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50_000_000)
+    found = [gated(*xs) for _ in range(4) for xs in given]
+    for x, y in zip(found, 4 * expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -62,6 +63,58 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
 )
 def test_a_backward_goes_in_sections_where_that_costs_little(name, shape, section):
     assert request_of(RECURRENCES[name].program(), "backward", shape).rule().section == section
+
+
+B16, NARROW, WIDE = (2, 16384, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "direction", "shape", "kernel", "tuning"),
+    [
+        ("linear_attention", "forward", B16, "scan", Tuning(64, 0, 4, 2)),
+        ("linear_attention", "forward", NARROW, "scan", Tuning(32, 0, 4, 3)),
+        ("linear_attention", "forward", WIDE, "scan", Tuning(128, 0, 8, 3)),
+        ("delta_rule", "forward", NARROW, "scan", Tuning(16, 0, 4, 3, offsets=True)),
+        ("delta_rule", "forward", WIDE, "scan", Tuning(128, 0, 8, 3, offsets=True)),
+        ("delta_rule", "forward", (1, 4096, 4, 256), "scan", Tuning(32, 0, 4, 3, offsets=True)),
+        ("gated_delta_rule", "forward", WIDE, "scan", Tuning(32, 0, 4, 3, offsets=True)),
+        ("rwkv7", "forward", WIDE, "scan", Tuning(32, 0, 4, 3, offsets=True)),
+        ("delta_rule", "forward", (1, 65536, 8, 128), "scan", Tuning(16, 0, 4, 3, offsets=True)),
+        ("delta_rule", "forward", (1, 2048, 32, 128), "scan", Tuning(64, 0, 4, 3, offsets=True)),
+        ("linear_attention", "backward", (4, 2048, 16, 128), "adjoint", Tuning(64, 0, 4, 3)),
+        ("linear_attention", "backward", B16, "adjoint", Tuning(64, 0, 4, 2)),
+        ("rwkv7", "backward", B16, "products", Tuning(0, 0, 4, 1, inner=64)),
+        ("kda", "backward", B16, "products", Tuning(0, 0, 4, 1)),
+        ("mamba2", "backward", NARROW, "gradients", Tuning(0, 0, 4, 3, inner=32)),
+        ("mamba2", "backward", WIDE, "gradients", Tuning(0, 0, 4, 2, inner=64)),
+    ],
+)
+def test_tiles_are_those_that_were_measured(name, direction, shape, kernel, tuning):
+    """rules.RULES says what they were measured against."""
+    rule = request_of(RECURRENCES[name].program(), direction, shape).rule()
+    assert rule.tuning(kernel) == tuning
+
+
+@pytest.mark.parametrize("name", [n for n in RECURRENCES if build(RECURRENCES[n].ir) is not None])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_rules_give_a_plan_for_every_shape(name, dtype):
+    """Spans are powers of two of at least 512 tokens (1024 in fp32, where shorter ones were not timed)."""
+    program = RECURRENCES[name].program()
+    least = 1024 if dtype == "fp32" else 512
+    for shape in itertools.product((1, 8), (0, 1, 700, 2048, 65536), (1, 8, 96), (16, 64, 96, 256)):
+        for direction in ("forward", "backward"):
+            rule = request_of(program, direction, shape, dtype).rule()
+            assert rule.section % 512 == 0
+            assert rule.span == 0 or (rule.span >= least and rule.span.bit_count() == 1)
+            assert rule.span < (rule.section or max(shape[1], 1))
+            assert all(t.num_warps in (1, 2, 4, 8) for _, t in rule.kernels)
+
+
+@pytest.mark.parametrize(("length", "spans"), [(1024, 0), (2048, 512), (4096, 1024), (8192, 2048)])
+def test_few_heads_are_scanned_in_spans(length, spans):
+    """Spans of 512 tokens only where there are four."""
+    rule = request_of(RECURRENCES["gla"].program(), "forward", (1, length, 32, 128)).rule()
+    assert rule.span == spans
 
 
 def test_without_a_gpu():

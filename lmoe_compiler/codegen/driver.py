@@ -17,19 +17,22 @@ from functools import cache
 from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from lmoe_compiler.codegen.prepare import Launch, Sum
 
+INVALID_VALUE = 1
 _thread = local()
 
 
 def enter(device: int | None) -> None:
-    """Make a device's context the thread's own: a thread that has done nothing on the device has none."""
+    """A thread that has done nothing on a device has no context: it gets the one that torch uses."""
     entered: set[int | None] = _thread.__dict__.setdefault("devices", {None})
     if device not in entered:
-        torch.cuda.set_device(device)
+        context, library = c_void_p(), driver()
+        check(library.cuCtxGetCurrent(byref(context)))
+        if not context:
+            check(library.cuDevicePrimaryCtxRetain(byref(context), device))
+            check(library.cuCtxSetCurrent(context))
         entered.add(device)
 
 
@@ -44,7 +47,10 @@ class Node(ctypes.Structure):
 
 
 class Graph:
-    """Kernels that run one after another. `sums` are to be added up when they have run."""
+    """Kernels that run one after another. `sums` are to be added up when they have run.
+
+    Launches of one graph run one after another too, on whatever streams.
+    """
 
     def __init__(self, nodes: Sequence[Node], sums: Sequence[Sum]) -> None:
         self.nodes, self.sums = nodes, sums
@@ -114,7 +120,6 @@ class Launches:
             places = [*one.slots, *range(at, at + len(one.lengths)), end, end + 1]
             at += len(one.lengths)
             if compiled is not None and one.grid:
-                check_parameters(compiled, len(one.slots), len(one.lengths))
                 nodes.append(self.node(compiled, one.grid, places))
             if one.sums:
                 self.graphs.append(Graph(nodes, one.sums))
@@ -150,22 +155,20 @@ def check(code: int) -> None:
         raise RuntimeError(f"the CUDA driver refused a launch: {said} ({code})")
 
 
-def check_parameters(compiled: Any, addresses: int, lengths: int) -> None:
-    """Raises RuntimeError if a compiled kernel has other parameters than `Launches` gives it."""
+def launchable(compiled: Any, one: Launch) -> bool:
+    """Whether a compiled kernel has the parameters that `Launches` gives it: one that Triton instruments has others."""
     meta, library = compiled.metadata, driver()
     scratch = meta.global_scratch_size or meta.profile_scratch_size
-    expected = [8] * addresses + [4] * lengths + [8, 8]
-    sizes = expected
-    if hasattr(library, "cuFuncGetParamInfo"):  # CUDA 12.4
-        offset, size, sizes = c_size_t(), c_size_t(), []
-        function = c_void_p(compiled.function)
-        while not library.cuFuncGetParamInfo(
-            function, c_size_t(len(sizes)), byref(offset), byref(size)
-        ):
-            sizes.append(size.value)
-    if scratch or meta.num_ctas != 1 or meta.launch_pdl or sizes != expected:
-        raise RuntimeError(
-            f"Triton compiled {meta.name} with parameters of {sizes} bytes and {scratch} bytes of scratch memory, "
-            f"and lmoe_compiler launches kernels with {expected} and none: it knows Triton 3.6 to 3.7.1, "
-            "without instrumentation"
-        )
+    if scratch or meta.num_ctas != 1 or meta.launch_pdl:
+        return False
+    if not hasattr(library, "cuFuncGetParamInfo"):  # before CUDA 12.4
+        return True
+    sizes: list[int] = []
+    function, offset, size = c_void_p(compiled.function), c_size_t(), c_size_t()
+    while True:
+        index = c_size_t(len(sizes))
+        code = library.cuFuncGetParamInfo(function, index, byref(offset), byref(size))
+        if code == INVALID_VALUE:
+            return sizes == [8] * len(one.slots) + [4] * len(one.lengths) + [8, 8]
+        check(code)
+        sizes.append(size.value)

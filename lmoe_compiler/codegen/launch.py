@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmoe_compiler.codegen.driver import Launches, enter
+from lmoe_compiler.codegen.driver import Launches, enter, launchable
 from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.launcher import Launcher, compile_together, interpreting
 from lmoe_compiler.codegen.load import load_module
@@ -25,6 +26,7 @@ from lmoe_compiler.codegen.plan import Kernel, Plan
 from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared, Sum
 from lmoe_compiler.codegen.triton import print_module
 from lmoe_compiler.codegen.workspace import WORKSPACE
+from lmoe_compiler.errors import FallbackWarning
 
 
 def allocate(
@@ -54,6 +56,16 @@ def _runtime() -> Any:
     from triton import knobs
 
     return knobs.runtime
+
+
+@functools.cache
+def _say_once() -> None:
+    warnings.warn(
+        "kernels are launched one by one by Triton, which takes longer than their graph: it compiled them with "
+        "parameters of its own, as it does to instrument them",
+        FallbackWarning,
+        stacklevel=2,
+    )
 
 
 def _observed(device: int | None) -> bool:
@@ -170,7 +182,11 @@ class Executable:
                 one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
             for parts in one.sums:
                 totals[parts.total] = values[parts.total] = added_up(tensors[parts.slot], parts)
-        known = prepared.ready.get(index) is not None or not prepared.narrow
+        known = index in prepared.ready or not prepared.narrow
         if not known and all(index in one.launcher.compiled for one in launched):
             kernels = [(one.launcher.compiled.get(index), one) for one in prepared.launches]
-            prepared.ready[index] = Launches(kernels, len(values))
+            if all(launchable(compiled, one) for compiled, one in kernels if one.grid):
+                prepared.ready[index] = Launches(kernels, len(values))
+            else:
+                _say_once()
+                prepared.ready[index] = None

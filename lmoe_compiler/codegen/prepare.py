@@ -75,7 +75,7 @@ class Prepared:
 
     `places` of the shared values: the slot of a result, or WORKSPACE, and bytes from its start. `bytes` are the
     workspace's. `totals` are the slots of the parts of sums. `ready` are the launches of devices on which every kernel
-    has run.
+    has run, None where only Triton can launch them.
     """
 
     own: tuple[Made, ...]
@@ -87,7 +87,7 @@ class Prepared:
     results: tuple[int, ...]
     totals: tuple[int, ...]
     narrow: bool
-    ready: dict[int | None, Launches] = field(default_factory=dict)
+    ready: dict[int | None, Launches | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lmoe_compiler.ir.nodes import UNARY, Decay, Program, Read, Step, topologica
 
 RULES = """\
 H200, B2 T16384 H16 K = V = 128, bf16; microseconds of one kernel
-scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel
+scan tile 64 values, 4 warps   the least M of a wgmma with A in registers; 8 warps were slower in every kernel of this shape
 chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; backward 2280 against 2650
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
 scalar decay, forward          pairs once, by 2 warps (83; 4 warps 98, 1 warp 89): scan 182 against 298, which keeps
@@ -210,7 +210,7 @@ def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tun
     scan = Tuning(32 if wide else 64, 0, 4, stages, offsets=solves or vector or scalar)
     states = replace(scan, num_stages=3 if solves or vector or kind.narrow else 2, offsets=True)
     adjoint = replace(scan, offsets=scalar)
-    if wide and not kind.normalised:
+    if wide and not (kind.normalised or kind.general or load.few):
         large = replace(scan, block=128, num_warps=8)
         if not (solves and scalar):
             scan = large
@@ -218,11 +218,11 @@ def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tun
             states = replace(large, num_stages=2, offsets=True)
             adjoint = adjoint if solves else replace(large, offsets=False)
             adjoint = replace(adjoint, num_stages=2 if vector or not solves else stages)
-    elif solves and (small or load.fewest):
+    elif solves and (small or load.fewest) and not wide:
         scan = replace(scan, block=16)
         states = replace(states, block=16 if small else 64)
         adjoint = replace(adjoint, block=32 if small else 16, num_stages=4)
-    elif solves and load.few:
+    elif solves and load.few and not wide:
         adjoint = replace(adjoint, block=32, num_stages=4)
     elif small:
         scan = replace(scan, block=32)
@@ -250,8 +250,8 @@ def _gradients(kind: Kind) -> Tuning:
             return Tuning(0, 0, 1, 1, inner=16) if kind.scalar else Tuning(0, 0, 2, 1)
         return Tuning(0, 0, 1, 3, inner=16) if kind.scalar else Tuning(0, 0, 1, 1, inner=32)
     if kind.scalar:
-        usual = not (kind.narrow or kind.wide)
-        return Tuning(0, 0, 4, 3, inner=32) if usual else Tuning(0, 0, 4, 2, inner=64)
+        large = kind.wide or (kind.narrow and not kind.activated)
+        return Tuning(0, 0, 4, 2, inner=64) if large else Tuning(0, 0, 4, 3, inner=32)
     if kind.narrow:
         return Tuning(0, 0, 4, 1)
     return Tuning(64, 0, 4, 3, inner=64 if kind.wide and not kind.vector else 32)
@@ -329,7 +329,7 @@ def _section(program: Program, kind: Kind, call: Call, batch: int, length: int, 
 
 def _programs(call: Call, batch: int, tile: int) -> int:
     """Programs of a scan that is not cut, with tiles of so many values."""
-    return batch * call.heads * -(-dict(call.sizes).get("V", tile) // tile)
+    return max(1, batch * call.heads * -(-dict(call.sizes).get("V", tile) // tile))
 
 
 def _fills(programs: int) -> bool:
@@ -340,11 +340,11 @@ def _fills(programs: int) -> bool:
 def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
     """Tokens of spans that just fill the SMs with two blocks each; 0 where the sequence stays whole.
 
-    They have 1024 at least, or 512 where there are four of them at least.
+    They have 1024 at least, or 512 where there are four of them at least (not timed in fp32).
     """
     programs = _programs(call, batch, 64)
     alone = kind.vector and _fills(programs)
     spans = 1 if alone else min(2 * device().sms // programs, length // 512)
-    if spans < 4:
+    if spans < 4 or call.exact:
         spans = min(spans, length // 1024)
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0
