@@ -111,10 +111,7 @@ class Recorder(host.Driver):
         return 0
 
     def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:
-        sizes = self.parameters[function.value]
-        if index.value >= len(sizes):
-            return driver.INVALID_VALUE
-        size._obj.value = sizes[index.value]
+        size._obj.value = self.parameters[function.value][index.value]
         return 0
 
     def cuGetErrorString(self, code: int, text: Any) -> int:

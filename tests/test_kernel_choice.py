@@ -59,6 +59,7 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
         ("simple_gla", (1, 1024, 2, 64), 0),  # a few MiB
         ("gla", (8, 1024, 8, 64), 0),  # its states take no more than its inputs
         ("delta_rule", (8, 1024, 8, 64), 512),
+        ("kda", (8, 1024, 8, 64), 512),
     ],
 )
 def test_a_backward_goes_in_sections_where_that_costs_little(name, shape, section):

@@ -156,19 +156,22 @@ def check(code: int) -> None:
 
 
 def launchable(compiled: Any, one: Launch) -> bool:
-    """Whether a compiled kernel has the parameters that `Launches` gives it: one that Triton instruments has others."""
+    """Whether a compiled kernel has the parameters that `Launches` gives it: one that Triton instruments has others.
+
+    Nothing is asked about a parameter that should not be there: tools that watch the driver would report an error.
+    """
     meta, library = compiled.metadata, driver()
     scratch = meta.global_scratch_size or meta.profile_scratch_size
     if scratch or meta.num_ctas != 1 or meta.launch_pdl:
         return False
     if not hasattr(library, "cuFuncGetParamInfo"):  # before CUDA 12.4
         return True
-    sizes: list[int] = []
     function, offset, size = c_void_p(compiled.function), c_size_t(), c_size_t()
-    while True:
-        index = c_size_t(len(sizes))
-        code = library.cuFuncGetParamInfo(function, index, byref(offset), byref(size))
-        if code == INVALID_VALUE:
-            return sizes == [8] * len(one.slots) + [4] * len(one.lengths) + [8, 8]
-        check(code)
-        sizes.append(size.value)
+    for index, expected in enumerate([8] * len(one.slots) + [4] * len(one.lengths) + [8, 8]):
+        asked = function, c_size_t(index), byref(offset), byref(size)
+        code = library.cuFuncGetParamInfo(*asked)
+        if code != INVALID_VALUE:
+            check(code)
+        if code or size.value != expected:
+            return False
+    return True

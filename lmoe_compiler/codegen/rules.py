@@ -313,7 +313,7 @@ SECTIONED = 32 * 2**20
 def _section(program: Program, kind: Kind, call: Call, batch: int, length: int, chunk: int) -> int:
     """Tokens of sections: as few as keep the SMs busy. A sequence too short for that goes in halves (vector decays) or
     quarters, if its scans fill the SMs without being cut, or are too short to be cut. States that take no more than the
-    inputs stay whole.
+    inputs stay whole, but for solves, which keep much else.
     """
     sizes, programs = dict(call.sizes), _programs(call, batch, 64)
     rows = DTYPE_BYTES[call.dtype] * batch * length * call.heads
@@ -323,7 +323,7 @@ def _section(program: Program, kind: Kind, call: Call, batch: int, length: int, 
     section = 1024 * ceil(busy / programs)
     if section >= length and (_fills(programs) or length < 2048):
         section = max(KEPT_SPAN, length // (2 if kind.vector else 4) // KEPT_SPAN * KEPT_SPAN)
-    large = states >= SECTIONED and states > inputs
+    large = states >= SECTIONED and (kind.solves or states > inputs)
     return section if large and section < length else 0
 
 
