@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,13 @@ class Recorder(host.Driver):
     by_triton: list[Launched] = field(default_factory=list)
     freed: list[tuple[str, int]] = field(default_factory=list)
     parameters: dict[int, list[int]] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
     code: int = 0
+
+    def call(self, run: Callable[[], object]) -> object:
+        """Its tensors lie where those of the call before did."""
+        self.taken.clear()
+        return run()
 
     def cuGraphCreate(self, graph: Any, flags: int) -> int:
         self.nodes.append([])
@@ -72,11 +79,8 @@ class Recorder(host.Driver):
         function, *sizes = self.words(address)
         grid, threads, shared = tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
         pointers = ctypes.c_uint64.from_address(address + 40).value
-        assert [ctypes.c_uint64.from_address(address + at).value for at in (48, 56, 64)] == [
-            0,
-            0,
-            0,
-        ]
+        rest = (ctypes.c_uint64 * 3).from_address(address + 48)
+        assert list(rest) == [0, 0, 0], "extra, kernel, context"
         read = [
             (ctypes.c_uint64 if size == 8 else ctypes.c_uint32)
             .from_address(ctypes.c_uint64.from_address(pointers + 8 * i).value)
@@ -121,22 +125,17 @@ class Recorder(host.Driver):
 
 @pytest.fixture
 def recorder(monkeypatch) -> Iterator[Recorder]:
-    """Every kernel has a function of its own. Tensors of a call lie where those of the call before did."""
+    """Every kernel has a function of its own."""
     found, functions = Recorder(), {}
     pool: dict[tuple[str, int], torch.Tensor] = {}
-    count: dict[str, int] = {}
 
     def pooled(name: str, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def take(*args: Any) -> torch.Tensor:
-            key = name, count.get(name, 0)
-            count[name] = key[1] + 1
+            key = name, found.taken.get(name, 0)
+            found.taken[name] = key[1] + 1
             return pool.setdefault(key, make(*args))
 
         return take
-
-    def call(run: Callable[[], object]) -> object:
-        count.clear()
-        return run()
 
     def compile_(self, grid, args, device, keep):
         number = functions.setdefault(id(self), len(functions) + 1)
@@ -155,7 +154,6 @@ def recorder(monkeypatch) -> Iterator[Recorder]:
         monkeypatch.setattr(launch, "added_up", pooled("sum", launch.added_up))
         monkeypatch.setattr(driver, "driver", lambda: found)
         monkeypatch.setattr(launcher.Launcher, "compile", compile_)
-        found.call = call  # type: ignore[attr-defined]
         yield found
 
 
@@ -185,17 +183,11 @@ def training(name: str, T: int, size: int) -> Callable[[], object]:
 )
 def test_the_driver_gets_what_triton_got(recorder, name, T, size, choice, graphs):
     """In order: grid, threads, shared memory, every address and length; sums are taken where they were."""
-    if choice is None:
+    with tuned.forced("backward", choice) if choice else nullcontext():
         train = training(name, T, size)
         recorder.by_triton.clear()
         compiled.forget()
         recorder.call(train)
-    else:
-        with tuned.forced("backward", choice):
-            train = training(name, T, size)
-            recorder.by_triton.clear()
-            compiled.forget()
-            recorder.call(train)
     first = list(recorder.by_triton)
     assert first
     assert not recorder.launched

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,13 +38,17 @@ class Compiled:
 
 
 class Driver:
-    """Stands in for the CUDA driver: every function says that all is well."""
+    """Stands in for a CUDA driver before 12.4: every function says that all is well."""
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         if name == "cuFuncGetParamInfo":
             raise AttributeError(name)
         setattr(self, name, _well)
         return _well
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: object, flags: object) -> int:
+        executable._obj.value = 1
+        return 0
 
 
 def _well(*_: object) -> int:
