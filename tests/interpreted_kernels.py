@@ -17,7 +17,9 @@ from scopes import out_of_scope
 
 from lmoe_compiler.codegen import compiled, launch, run, tuned
 from lmoe_compiler.codegen import plan as plans
+from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.plan import Choice, Tuning
+from lmoe_compiler.codegen.prepared import Prepared
 
 # Rows past the end divide zero by zero before they are masked; numpy says so, a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -44,13 +46,18 @@ PLANS = {
     "spans": replace(PREPARED, span=32),
     "sections": replace(PREPARED, section=32),
     "spans and sections": replace(PREPARED, span=32, section=64),
+    "sections side by side": replace(PREPARED, section=32, overlap=True),
     "tiles": replace(PREPARED, kernels=(("gradients", Tuning(block=16)),)),
     "inner": replace(
         PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))
     ),
     "products": replace(PREPARED, products=True, kernels=(("products", Tuning(block=16)),)),
     "products in sections": replace(
-        PREPARED, products=True, section=32, kernels=(("products", Tuning(block=16)),)
+        PREPARED,
+        products=True,
+        section=32,
+        overlap=True,
+        kernels=(("products", Tuning(block=16)),),
     ),
     "fused": replace(PREPARED, fused=True),
 }
@@ -111,6 +118,46 @@ def test_every_plan(name, plan, monkeypatch):
     run.forget()
     check(BY_NAME[name], Sizes(B=1, T=70, H=1, K=40, V=20))
     run.forget()
+
+
+def latest_first(prepared: Prepared) -> Prepared:
+    """The launches in another order that their graph allows: of those that may run always the last."""
+    order: list[int] = []
+    begin = 0
+    for end, one in enumerate(prepared.launches):
+        if one.sums or end == len(prepared.launches) - 1:
+            left = list(range(begin, end + 1))
+            while left:
+                free = [i for i in left if not set(prepared.launches[i].after) & set(left)]
+                # What is added up, is when all has run.
+                free = [i for i in free if i != end] or free
+                order.append(free[-1])
+                left.remove(free[-1])
+            begin = end + 1
+    return replace(prepared, launches=tuple(prepared.launches[i] for i in order))
+
+
+@pytest.mark.parametrize(
+    "plan", ["prepared", "spans", "sections side by side", "products in sections"]
+)
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule", "kda"])
+def test_kernels_side_by_side_in_any_order(name, plan, monkeypatch):
+    """What a graph of kernels may run early or late changes nothing."""
+    right, moved = launch.Executable.prepare, []
+
+    def other(self: launch.Executable, extent: Extent) -> Prepared:
+        prepared = right(self, extent)
+        changed = latest_first(prepared)
+        moved.append(changed.launches != prepared.launches)
+        return changed
+
+    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    monkeypatch.setattr(launch.Executable, "prepare", other)
+    run.forget()
+    check(BY_NAME[name], Sizes(B=1, T=150, H=1, K=16, V=20))
+    run.forget()
+    assert any(moved)
 
 
 @pytest.mark.parametrize("name", ["kda", "rwkv7"])

@@ -18,12 +18,14 @@ from cases import CASES, Sizes, make_inputs
 
 from lmoe_compiler.bench import host
 from lmoe_compiler.codegen import compiled, driver, launch, launcher, tuned
-from lmoe_compiler.codegen.plan import Choice, Tuning
+from lmoe_compiler.codegen.plan import Choice, Kernel, Tuning
 from lmoe_compiler.errors import FallbackWarning
 
 pytest.importorskip("triton")
 
 STREAM = 77
+HALF = 114 * 1024
+"""Half of an SM's shared memory."""
 SECTIONS = Choice(chunk=32, section=512, prepare=True, products=True, default=Tuning(16, 16))
 
 
@@ -40,15 +42,19 @@ class Launched:
 
 @dataclass
 class Recorder(host.Driver):
-    """Nodes by graph, each after the one that it names; `given` is what they were last pointed at."""
+    """Nodes by graph, each with those `before` it; `given` is what they were last pointed at."""
 
     nodes: list[list[int]] = field(default_factory=list)
     given: dict[int, Launched] = field(default_factory=dict)
     launched: list[Launched] = field(default_factory=list)
     graphs: int = 0
+    before: dict[int, set[int]] = field(default_factory=dict)
+    pointed: dict[int, Launched] = field(default_factory=dict)
     by_triton: list[Launched] = field(default_factory=list)
     freed: list[tuple[str, int]] = field(default_factory=list)
     parameters: dict[int, list[int]] = field(default_factory=dict)
+    kernels: dict[int, Kernel] = field(default_factory=dict)
+    captured: list[int] = field(default_factory=list)
     taken: dict[str, int] = field(default_factory=dict)
     code: int = 0
 
@@ -66,8 +72,11 @@ class Recorder(host.Driver):
         self, new: Any, graph: Any, before: Any, count: Any, node: Any
     ) -> int:
         own = self.nodes[graph.value - 1]
-        assert [before._obj.value] == own[-1:] if count.value else not own
+        assert len(before) == count.value
+        assert set(before) <= set(own)
         new._obj.value = 1000 * graph.value + len(own)
+        self.before[new._obj.value] = set(before)
+        self.pointed[new._obj.value] = self.read(ctypes.addressof(node._obj))
         own.append(new._obj.value)
         return 0
 
@@ -76,8 +85,17 @@ class Recorder(host.Driver):
         return 0
 
     def cuGraphExecKernelNodeSetParams_v2(self, executable: int, place: int, address: int) -> int:
+        assert place in self.nodes[executable - 101]
+        self.given[place] = self.read(address)
+        return 0
+
+    def read(self, address: int) -> Launched:
+        """What a node would launch: it may ask for more shared memory than its kernel needs."""
         function, *sizes = self.words(address)
         grid, threads, shared = tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
+        kernel = self.kernels[function]
+        alone = kernel.order in ("forward", "reverse") and not kernel.span
+        assert shared == (HALF if alone else function)
         pointers = ctypes.c_uint64.from_address(address + 40).value
         rest = (ctypes.c_uint64 * 3).from_address(address + 48)
         assert list(rest) == [0, 0, 0], "extra, kernel, context"
@@ -88,9 +106,7 @@ class Recorder(host.Driver):
             for i, size in enumerate(self.parameters[function])
         ]
         assert read[-2:] == [0, 0], "scratch memory"
-        assert place in self.nodes[executable - 101]
-        self.given[place] = Launched(function, grid, threads, shared, tuple(read[:-2]))
-        return 0
+        return Launched(function, grid, threads, function, tuple(read[:-2]))
 
     @staticmethod
     def words(address: int) -> tuple[int, ...]:
@@ -104,6 +120,31 @@ class Recorder(host.Driver):
             return self.code
         self.graphs += 1
         self.launched += [self.given.pop(place) for place in self.nodes[executable - 101]]
+        return 0
+
+    def cuStreamGetCaptureInfo_v2(
+        self, stream: Any, status: Any, number: Any, graph: Any, before: Any, count: Any
+    ) -> int:
+        """The user's graph is number 999; its last node so far is what comes next to wait for."""
+        assert stream.value == STREAM
+        self.last = (ctypes.c_void_p * 1)(self.captured[-1] if self.captured else 5)
+        graph._obj.value, count._obj.value = 999, 1
+        before._obj.contents = self.last
+        return 0
+
+    def cuGraphAddChildGraphNode(
+        self, new: Any, graph: Any, before: Any, count: Any, child: Any
+    ) -> int:
+        assert (graph.value, count.value, before[0]) == (999, 1, self.last[0])
+        self.launched += [self.pointed[place] for place in self.nodes[child.value - 1]]
+        new._obj.value = 5000 + child.value
+        return 0
+
+    def cuStreamUpdateCaptureDependencies(
+        self, stream: Any, nodes: Any, count: Any, flags: Any
+    ) -> int:
+        assert (stream.value, count.value, flags.value) == (STREAM, 1, 1)
+        self.captured.append(nodes._obj.value)
         return 0
 
     def cuGraphExecDestroy(self, handle: Any) -> int:
@@ -142,6 +183,7 @@ def recorder(monkeypatch) -> Iterator[Recorder]:
         read = tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args)
         found.parameters[number] = [8 if isinstance(x, torch.Tensor) else 4 for x in args] + [8, 8]
         warps = self.kernel.tuning.num_warps
+        found.kernels[number] = self.kernel
         found.by_triton.append(Launched(number, (grid, 1, 1), (32 * warps, 1, 1), number, read))
         if keep:
             self.compiled[device] = host.Compiled()
@@ -208,7 +250,7 @@ def test_the_driver_gets_what_triton_got(recorder, name, T, size, choice, graphs
 
 
 def test_unaligned_and_observed_calls_are_launched_by_triton(recorder, monkeypatch):
-    """A capture, a profiler's hook, a tensor at an odd address; afterwards it is the graph's turn again."""
+    """A profiler's hook, a tensor at an odd address; afterwards it is the graph's turn again."""
     train = training("linear_attention", 80, 16)
     for _ in range(2):
         recorder.call(train)
@@ -216,7 +258,7 @@ def test_unaligned_and_observed_calls_are_launched_by_triton(recorder, monkeypat
     recorder.launched.clear()
     recorder.by_triton.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "_observed", lambda device: True)
+        patch.setattr(launch, "_observed", lambda: True)
         recorder.call(train)
     assert recorder.by_triton
     assert not recorder.launched
@@ -231,6 +273,27 @@ def test_unaligned_and_observed_calls_are_launched_by_triton(recorder, monkeypat
     case.recurrence.with_options(implementation="triton")(odd, inputs["k"], inputs["v"])
     assert recorder.by_triton
     assert not recorder.launched
+
+
+def test_a_capture_gets_the_same_graphs(recorder, monkeypatch):
+    """As nodes of the caller's graph, each after all that was captured before."""
+    with tuned.forced("backward", SECTIONS):
+        train = training("retention", 1100, 64)
+        for _ in range(2):
+            recorder.launched.clear()
+            recorder.graphs = 0
+            recorder.call(train)
+        wanted, graphs = list(recorder.launched), recorder.graphs
+        made = len(recorder.nodes)
+        monkeypatch.setattr(launch, "capturing", lambda device: True)
+        for _ in range(2):
+            recorder.launched.clear()
+            recorder.captured.clear()
+            recorder.call(train)
+            assert recorder.launched == wanted
+            assert len(recorder.captured) == graphs > 2
+            assert recorder.graphs == graphs, "none launched"
+        assert sorted(recorder.freed) == [("graph", made + 1 + i) for i in range(2 * graphs)]
 
 
 def test_calls_of_many_threads_do_not_mix(recorder):

@@ -29,9 +29,6 @@ BY_NAME = {case.name: case for case in CASES}
 ONE_OF_EACH = ("linear_attention", "simple_gla", "gla", "gated_delta_rule", "kda", "slstm")
 WALKED = [name for name, row in ROWS.items() if build(row.recurrence.ir) is None]
 WALKED_MODELS = [name for name, recurrence in RECURRENCES.items() if build(recurrence.ir) is None]
-CHAINS_OF_PRODUCTS = {"dense_transition": True, "delta_product_multiplied_out": False}
-"""A state times a matrix for every token, and whether fp32 was seen to be too inexact there: tensor cores leave 1.6e-7
-a token (tf32 in three parts; sums round towards zero, so that adds up), 5.4e-6 after 33 where 4e-6 is allowed."""
 half = torch.bfloat16
 each = pytest.mark.parametrize("name", ONE_OF_EACH)
 
@@ -63,11 +60,8 @@ def near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None
 @pytest.mark.parametrize("dtype", [half, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", WALKED)
 @pytest.mark.parametrize(("size", "length"), [(24, 70), (128, 33)])
-def test_kinds_without_a_chunk_form(name, dtype, size, length, request):
+def test_kinds_without_a_chunk_form(name, dtype, size, length):
     """Sequential kernels: outputs, final states and every gradient, also where programs hold tiles (K = V = 128)."""
-    if name in CHAINS_OF_PRODUCTS and (dtype, size) == (torch.float32, 128):
-        strict = CHAINS_OF_PRODUCTS[name]
-        request.applymarker(pytest.mark.xfail(strict=strict, reason="errors of products add up"))
     recurrence = ROWS[name].recurrence
     torch.manual_seed(size)
     sizes = {"K": size, "V": size, "M": 16, "N": 2}
@@ -189,7 +183,7 @@ def test_activation_checkpointing(name):
 def test_any_strides(name):
     """Heads before tokens, and a slice of a wider tensor that is not even aligned to 16 bytes.
 
-    Sequential kernels add up in an order that depends on the alignment.
+    Kernels for odd addresses load fewer numbers at once, and may add up in another order.
     """
     dtype = torch.float32 if name in WALKED_MODELS else half
     inputs, _ = prepared(name, Sizes(2, 130, 2, 64, 64), dtype)
@@ -200,9 +194,9 @@ def test_any_strides(name):
     ]
     assert any(x.data_ptr() % 16 for x in shifted)
     expected = grads_of(generated(name), inputs)
-    for changed in (strided, shifted):
+    for changed, allowed in ((strided, 0.0), (shifted, 1e-5)):
         actual = grads_of(generated(name), changed)
-        near(actual, expected, 1e-5 if name in WALKED_MODELS else 0.0)
+        near(actual, expected, 1e-5 if name in WALKED_MODELS else allowed)
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])

@@ -254,7 +254,10 @@ def test_gradients_need_no_final_state(case):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        *((n, 64) for n in ("linear_attention", "simple_gla", "gla", "gated_delta_rule", "kda")),
+        *(
+            (n, 64)
+            for n in ("linear_attention", "simple_gla", "gla", "gated_delta_rule", "kda", "rwkv7")
+        ),
         ("gated_delta_rule", 256),  # its row sums are added up over tiles of keys, in every section
     ],
 )

@@ -4,51 +4,63 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmoe_compiler.bench.plans import request_of
-from lmoe_compiler.codegen.workspace import WORKSPACE, places
+from lmoe_compiler.codegen.workspace import WORKSPACE, Alive, places
 from lmoe_compiler.models import RECURRENCES
 
 pytest.importorskip("triton")
-values = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(0, 3)), max_size=9)
+interval = st.tuples(st.integers(0, 6), st.integers(0, 3))
+values = st.lists(st.tuples(st.integers(0, 9), interval, interval), max_size=9)
+
+
+def alive(kernels: tuple[int, int], depths: tuple[int, int]) -> Alive:
+    (first, more), (shallow, deeper) = kernels, depths
+    return Alive(first, first + more, shallow, shallow + deeper)
+
+
+def together(a: Alive, b: Alive) -> bool:
+    """By a common kernel, or a common depth."""
+    kernels, depths = ((range(x[i], x[i + 1] + 1) for x in (a, b)) for i in (0, 2))
+    return any(set.intersection(*map(set, pair)) for pair in (kernels, depths))
 
 
 @given(values)
 def test_values_needed_together_do_not_overlap(drawn):
-    sizes = [size for size, _, _ in drawn]
-    needed = [(first, first + more) for _, first, more in drawn]
+    sizes = [size for size, *_ in drawn]
+    needed = [alive(*when) for _, *when in drawn]
     found = [at for _, at in places(sizes, needed)]
     spans = list(zip(found, sizes, needed, strict=True))
-    for i, (at, size, (first, last)) in enumerate(spans):
+    for i, (at, size, when) in enumerate(spans):
         assert at >= 0
-        for other, extent, (begin, end) in spans[:i]:
-            together = begin <= last and first <= end
-            assert not together or at + size <= other or other + extent <= at
+        for other, extent, then in spans[:i]:
+            assert not together(when, then) or at + size <= other or other + extent <= at
     # No larger than everything side by side, and no smaller than what any kernel needs.
     top = max((at + size for at, size, _ in spans), default=0)
-    most = max(
-        (sum(s for s, (a, b) in zip(sizes, needed, strict=True) if a <= t <= b) for t in range(10)),
-        default=0,
-    )
+    pairs = list(zip(sizes, needed, strict=True))
+    most = max(sum(s for s, a in pairs if a.first <= t <= a.last) for t in range(10))
     assert most <= top <= sum(sizes)
 
 
-@given(values, st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), max_size=3))
+@given(values, st.lists(st.tuples(st.integers(0, 20), interval), max_size=3))
 def test_rooms_are_left_before_they_are_taken(drawn, rooms):
-    sizes = [size for size, _, _ in drawn]
-    needed = [(first, first + more) for _, first, more in drawn]
-    found = places(sizes, needed, rooms)
-    for i, ((room, at), size, (first, last)) in enumerate(zip(found, sizes, needed, strict=True)):
+    sizes = [size for size, *_ in drawn]
+    needed = [alive(*when) for _, *when in drawn]
+    free = [(size, Alive(kernel, inf, depth, inf)) for size, (kernel, depth) in rooms]
+    found = places(sizes, needed, free)
+    for i, ((room, at), size, when) in enumerate(zip(found, sizes, needed, strict=True)):
         if room != WORKSPACE:
             assert at + size <= rooms[room][0]
-            assert last < rooms[room][1]
-        for (other, start), extent, (begin, end) in zip(found[:i], sizes, needed, strict=False):
+            assert when.last < rooms[room][1][0]
+            assert when.deep < rooms[room][1][1]
+        for (other, start), extent, then in zip(found[:i], sizes, needed, strict=False):
             apart = at + size <= start or start + extent <= at
-            assert other != room or end < first or last < begin or apart
+            assert other != room or not together(when, then) or apart
 
 
 def test_what_is_done_with_lies_in_results_that_come_later():

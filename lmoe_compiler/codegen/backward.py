@@ -27,7 +27,6 @@ from lmoe_compiler.codegen.plan import (
     Call,
     Carry,
     Choice,
-    Passed,
     Plan,
     Store,
     Value,
@@ -93,21 +92,18 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     if entries or results:
         part.add("states", "forward", carries, [*entries, *_results(results, "y")], kept[0].span)
 
-    passed = [_passed(var) for var in program.states]
-    if choice.section:
-        part.passed = tuple(passed)
     backward = [
         carried(
             var,
             gradient_name(var),
             node,
-            through.into if choice.section else through.given if given else None,
-            through.out if choice.section else through.result if call.has_initial else None,
+            _gradient_of_state(var, "end") if given else None,
+            _gradient_of_state(var, "start") if call.has_initial or choice.section else None,
         )
-        for var, node, through, given in zip(
-            program.states, before, passed, call.has_final_gradient, strict=True
-        )
+        for var, node, given in zip(program.states, before, call.has_final_gradient, strict=True)
     ]
+    if choice.section:
+        backward = part.passing(backward)
     outputs = [
         _gradient(program, var, grad) for var, grad in zip(program.inputs, grads, strict=True)
     ]
@@ -137,10 +133,8 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     return part.plan("backward")
 
 
-def _passed(var: Var) -> Passed:
-    """A state's gradient: from the end of the call to its start, or from one section to the one before it."""
-    names = ("after", "before", "end", "start")
-    return Passed(*(Value(f"d{var.name}_{n}", var.axes, "sequence", "fp32") for n in names))
+def _gradient_of_state(var: Var, at: str) -> Value:
+    return Value(f"d{var.name}_{at}", var.axes, "sequence", "fp32")
 
 
 def _fits_scan(

@@ -28,7 +28,7 @@ from lmoe_compiler.codegen.launcher import interpreting
 from lmoe_compiler.codegen.miscompiled import avoided
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.plan import KEPT_SPAN, OUTPUT, Call, Choice, Plan, Value, kept_states
-from lmoe_compiler.codegen.prepare import Prepared
+from lmoe_compiler.codegen.prepared import Prepared
 from lmoe_compiler.codegen.rules import by_rule
 from lmoe_compiler.codegen.supported import DTYPES, axis_sizes
 from lmoe_compiler.config import Options

@@ -23,13 +23,17 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that bound a kernel: bytes and half-precision operations a second, SMs, one product in a chain."""
+    """Rates that bound a kernel: bytes and half-precision operations a second, SMs, one product in a chain.
+
+    `shared` is the shared memory of one SM, in bytes.
+    """
 
     name: str
     sms: int
     bytes_per_second: float
     flops: float
     product_latency: float = 0.25e-6
+    shared: int = 228 * 1024
 
 
 H200 = Device("NVIDIA H200", 132, 4.2e12, 690e12)
@@ -48,7 +52,8 @@ def device() -> Device:
     for known in DEVICES:
         if properties.name.startswith(known.name):
             return known
-    return replace(H100, name=properties.name, sms=properties.multi_processor_count)
+    own = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+    return replace(H100, name=properties.name, sms=own[0], shared=own[1])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A call writes its addresses into the array, points every node at it again and launches the graph: on an H200's machine
 21 us for 12 kernels, 70 for 12 launches by the driver (9 for one by Triton's launcher), and the device waits less
-between kernels. What Triton would pass is known: parameters in the order of the kernel's signature, then two addresses
-of scratch memory, which kernels of ours do not have.
+between kernels. Kernels that touch nothing of one another run side by side (concurrent.py); into a caller's own graph
+goes the same graph. What Triton would pass is known: parameters in the order of the kernel's signature, then two
+addresses of scratch memory, which kernels of ours do not have.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from functools import cache
 from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
+from lmoe_compiler.codegen.cost import device
+
 if TYPE_CHECKING:
-    from lmoe_compiler.codegen.prepare import Launch, Sum
+    from lmoe_compiler.codegen.prepared import Launch, Sum
 
 INVALID_VALUE = 1
+MAX_DYNAMIC_SHARED, PRIORITY = 8, 8
+USE_NODE_PRIORITY, SET_CAPTURE_DEPENDENCIES = 8, 1
+"""Numbers of cuda.h: an error, attributes of a function and of a node, flags of two calls."""
 _thread = local()
 
 
@@ -47,33 +53,44 @@ class Node(ctypes.Structure):
 
 
 class Graph:
-    """Kernels that run one after another. `sums` are to be added up when they have run.
+    """Kernels, each with the places of those `after` which it runs; else they run side by side.
 
-    Launches of one graph run one after another too, on whatever streams.
+    alone     kernels whose programs get SMs before those of others do
+    sums      to be added up when all have run
+
+    Launches of one graph run one after another, on whatever streams.
     """
 
-    def __init__(self, nodes: Sequence[Node], sums: Sequence[Sum]) -> None:
-        self.nodes, self.sums = nodes, sums
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.after: list[list[int]] = []
+        self.alone: list[bool] = []
+        self.sums: Sequence[Sum] = ()
         self.executable: int | None = None
         # Of every kernel: its place in the graph, and the address of its Node.
         self.updates: list[tuple[int | None, int]] = []
 
-    def instantiate(self) -> None:
-        graph, before = c_void_p(), c_void_p()
-        library = driver()
+    def made(self) -> tuple[c_void_p, list[int | None]]:
+        """A graph of the driver's with the nodes as they are pointed now, and their places in it."""
+        graph, library = c_void_p(), driver()
+        places: list[int | None] = []
         check(library.cuGraphCreate(byref(graph), 0))
+        for node, after, alone in zip(self.nodes, self.after, self.alone, strict=True):
+            new, before = c_void_p(), (c_void_p * len(after))(*(places[i] for i in after))
+            count = c_size_t(len(after))
+            check(library.cuGraphAddKernelNode_v2(byref(new), graph, before, count, byref(node)))
+            if alone:
+                check(library.cuGraphKernelNodeSetAttribute(new, PRIORITY, first()))
+            places.append(new.value)
+        return graph, places
+
+    def instantiate(self) -> None:
+        library, (graph, places) = driver(), self.made()
         self.free_with_me(library.cuGraphDestroy, graph)
-        made: list[int | None] = []
-        for node in self.nodes:
-            new = c_void_p()
-            edges = (byref(before), c_size_t(1)) if made else (None, c_size_t(0))
-            check(library.cuGraphAddKernelNode_v2(byref(new), graph, *edges, byref(node)))
-            made.append(new.value)
-            before = new
-        executable = c_void_p()
-        check(library.cuGraphInstantiateWithFlags(byref(executable), graph, c_uint64(0)))
+        executable, flags = c_void_p(), c_uint64(USE_NODE_PRIORITY)
+        check(library.cuGraphInstantiateWithFlags(byref(executable), graph, flags))
         self.free_with_me(library.cuGraphExecDestroy, executable)
-        self.updates = list(zip(made, map(ctypes.addressof, self.nodes), strict=True))
+        self.updates = list(zip(places, map(ctypes.addressof, self.nodes), strict=True))
         self.executable = executable.value
 
     def free_with_me(self, free: Callable[[c_void_p], int], handle: c_void_p) -> None:
@@ -92,11 +109,27 @@ class Graph:
             if code := library.cuGraphLaunch(self.executable, stream):
                 check(code)
 
+    def capture(self, stream: int) -> None:
+        """Into the graph that a stream is capturing: a node of that graph, which has this one in it."""
+        if self.nodes:
+            library, (graph, _) = driver(), self.made()
+            status, number, whole = ctypes.c_int(), c_uint64(), c_void_p()
+            before, count, node = ctypes.POINTER(c_void_p)(), c_size_t(), c_void_p()
+            asked = (byref(x) for x in (status, number, whole, before, count))
+            try:
+                check(library.cuStreamGetCaptureInfo_v2(c_void_p(stream), *asked))
+                after = whole, before, count
+                check(library.cuGraphAddChildGraphNode(byref(node), *after, graph))
+                given = byref(node), c_size_t(1), c_uint(SET_CAPTURE_DEPENDENCIES)
+                check(library.cuStreamUpdateCaptureDependencies(c_void_p(stream), *given))
+            finally:
+                check(library.cuGraphDestroy(graph))
+
 
 class Launches:
     """What launches calls of one extent on one device.
 
-    kernels   of each launch: the compiled kernel (None for an empty grid), and what it is given (prepare.Launch)
+    kernels   of each launch: the compiled kernel (None for an empty grid), and what it is given (prepared.Launch)
     slots     how many addresses a call has; `fill(values, 0, *addresses)` writes them into the array
     lock      is held from then to the last launch, which copies what it is given: calls share the array
     """
@@ -111,26 +144,42 @@ class Launches:
         self.fill = struct.Struct(f"={slots}Q").pack_into
         self.lock = Lock()
         self.parameters: list[ctypes.Array[c_void_p]] = []
-        self.graphs: list[Graph] = []
-        nodes: list[Node] = []
+        self.graphs = [Graph()]
+        # Of every launch that is in the last graph: its place there.
+        found: dict[int, int] = {}
         at = slots
-        for compiled, one in kernels:
+        for number, (compiled, one) in enumerate(kernels):
+            graph = self.graphs[-1]
             places = [*one.slots, *range(at, at + len(one.lengths)), end, end + 1]
             at += len(one.lengths)
             if compiled is not None and one.grid:
-                nodes.append(self.node(compiled, one.grid, places))
+                found[number] = len(graph.nodes)
+                graph.nodes.append(self.node(compiled, one, places))
+                graph.after.append([found[i] for i in one.after if i in found])
+                graph.alone.append(one.alone)
             if one.sums:
-                self.graphs.append(Graph(nodes, one.sums))
-                nodes = []
-        self.graphs += [Graph(nodes, ())] if nodes else []
+                graph.sums = one.sums
+                self.graphs.append(Graph())
+                found.clear()
 
-    def node(self, compiled: Any, grid: int, places: Sequence[int]) -> Node:
+    def node(self, compiled: Any, one: Launch, places: Sequence[int]) -> Node:
         start, size = ctypes.addressof(self.values), ctypes.sizeof(c_uint64)
         parameters = (c_void_p * len(places))(*(start + size * i for i in places))
         self.parameters.append(parameters)
         warps, _, shared = compiled.packed_metadata[:3]
+        if one.alone and shared < (half := device().shared // 2):
+            # Two programs that ask for half of an SM, and a kilobyte each that the driver takes, do not fit.
+            shared, function = half, c_void_p(compiled.function)
+            check(driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
         address = ctypes.addressof(parameters)
-        return Node(compiled.function, grid, 1, 1, 32 * warps, 1, 1, shared, address)
+        return Node(compiled.function, one.grid, 1, 1, 32 * warps, 1, 1, shared, address)
+
+
+def first() -> Any:
+    """The value of a node's attribute: the highest priority."""
+    least, most = ctypes.c_int(), ctypes.c_int()
+    check(driver().cuCtxGetStreamPriorityRange(byref(least), byref(most)))
+    return byref((ctypes.c_int * 16)(most.value))
 
 
 @cache

@@ -23,7 +23,8 @@ from lmoe_compiler.codegen.launcher import Launcher, compile_together, interpret
 from lmoe_compiler.codegen.load import load_module
 from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import Kernel, Plan
-from lmoe_compiler.codegen.prepare import Launch, Preparation, Prepared, Sum
+from lmoe_compiler.codegen.prepare import Preparation
+from lmoe_compiler.codegen.prepared import Launch, Prepared, Sum
 from lmoe_compiler.codegen.triton import print_module
 from lmoe_compiler.codegen.workspace import WORKSPACE
 from lmoe_compiler.errors import FallbackWarning
@@ -51,6 +52,11 @@ def current_stream(device: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
+def capturing(device: int | None) -> bool:
+    """Whether launches on a device's current stream go into a CUDA graph of the caller's."""
+    return device is not None and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _runtime() -> Any:
     from triton import knobs
@@ -68,12 +74,10 @@ def _say_once() -> None:
     )
 
 
-def _observed(device: int | None) -> bool:
-    """Whether someone wants every single launch: a profiler of Triton's, or the capture of a CUDA graph."""
+def _observed() -> bool:
+    """Whether a profiler of Triton's wants every single launch."""
     hook = _runtime().launch_enter_hook
-    if hook is not None and bool(getattr(hook, "calls", True)):
-        return True
-    return device is not None and torch.cuda.is_current_stream_capturing()
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 @dataclass
@@ -135,7 +139,7 @@ class Executable:
         index = device.index
         totals: dict[int, Tensor] = {}
         launches = prepared.ready.get(index)
-        if launches is None or bits & 15 or _observed(index):
+        if launches is None or bits & 15 or _observed():
             self._through_jit(prepared, tensors, workspace, index, totals)
         else:
             if workspace is not None:
@@ -143,11 +147,11 @@ class Executable:
                 values += [bases[slot] + at for slot, at in prepared.places]
             values += [values[slot] for slot in prepared.totals]
             enter(index)
-            stream = current_stream(index)
+            stream, captured = current_stream(index), capturing(index)
             with launches.lock:
                 launches.fill(launches.values, 0, *values)
                 for graph in launches.graphs:
-                    graph.launch(stream)
+                    graph.capture(stream) if captured else graph.launch(stream)
                     for parts in graph.sums:
                         totals[parts.total] = total = added_up(tensors[parts.slot], parts)
                         launches.values[parts.total] = total.data_ptr()
@@ -161,7 +165,7 @@ class Executable:
         index: int | None,
         totals: dict[int, Tensor],
     ) -> None:
-        """The same by Triton: the first time, in the interpreter, for unaligned inputs, and where it is observed."""
+        """The same by Triton, one after another: the first time, interpreted, for unaligned inputs, and for hooks."""
         values: list[Tensor] = list(tensors)
         for m, (slot, at) in zip(prepared.shared, prepared.places, strict=True):
             room = workspace if slot == WORKSPACE else tensors[slot].view(-1).view(torch.uint8)

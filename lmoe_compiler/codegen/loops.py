@@ -135,9 +135,13 @@ class Loops(Parallel):
             argument = identifier(carry.start.name)
             self.args[argument] = carry.start
             pointers, mask, _ = self.place(carry.start, argument)
+            # The first section, the last of the sequence, starts with nothing where the call is given nothing.
+            nothing = any(p.into == carry.start and p.given is None for p in self.plan.passed)
+            self.guard = "(T_0 + T < T_ALL)" if nothing else ""
             self.write(
                 f"{name} = {self.load_text(pointers, mask)}.to(tl.float32)  # {self.shape(dims)}"
             )
+            self.guard = ""
         if carry.through is not None:
             self.print_through(carry, name, dims)
         self.blocks[id(carry.leaf)] = Block(name, dims)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lmoe_compiler.codegen.concurrent import longest_first
+from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.near_form import near_form
 from lmoe_compiler.codegen.plan import (
     Call,
@@ -170,6 +172,19 @@ class Partition:
         self.add(name, order, first, (), span, skip_last=True)
         return second
 
+    def passing(self, carries: Sequence[Carry]) -> list[Carry]:
+        """Carries of the scan of a section, which starts with what the section before it ends with."""
+        found = []
+        for carry in carries:
+            name = identifier(carry.leaf.name)
+            into, out = (
+                Value(f"{name}_{n}", carry.axes, "sequence", "fp32") for n in ("into", "out")
+            )
+            assert carry.end is not None
+            self.passed += (Passed(into, out, carry.start, carry.end),)
+            found.append(replace(carry, start=into, end=out))
+        return found
+
     def span(self, carries: Sequence[Carry]) -> int:
         """The span of a scan with these carries."""
         return self.choice.span if any(c.through for c in carries) else 0
@@ -220,7 +235,7 @@ class Partition:
         return Plan(
             self.program,
             direction,  # type: ignore[arg-type]
-            tuple(self.kernels),
+            tuple(longest_first(self.kernels)),
             self.choice,
             self.call.sizes,
             self.call.heads,

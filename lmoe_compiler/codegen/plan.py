@@ -12,6 +12,7 @@ from typing import Literal
 from lmoe_compiler.ir.nodes import Node, Program, Var
 
 Order = Literal["forward", "reverse", "parallel", "step", "tokens", "tokens_reverse"]
+SCANS = ("forward", "reverse")
 WALKS = ("tokens", "tokens_reverse")
 
 
@@ -42,6 +43,7 @@ class Choice:
     span       tokens of the parts that each sequence is cut into, scanned side by side (0: not cut); a power of two
     section    backward only: tokens of each sequence whose states are in memory at a time, from the end (0: all); a
                multiple of KEPT_SPAN
+    overlap    with sections: whether two are in memory, and their kernels run side by side
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
     products   backward only: contractions over the values' axis in a kernel of their own
@@ -52,6 +54,7 @@ class Choice:
     chunk: int = 64
     span: int = 0
     section: int = 0
+    overlap: bool = False
     prepare: bool = False
     prepare_rows: bool = False
     products: bool = False
@@ -95,7 +98,7 @@ class Passed:
 
     into: Value
     out: Value
-    given: Value
+    given: Value | None
     result: Value
 
 
@@ -183,8 +186,9 @@ class Kernel:
     def read(self) -> tuple[Value, ...]:
         """Tensors of the plan that it reads, beside the caller's inputs."""
         starts = [c.start for c in (*self.carries, *self.replay) if c.start is not None]
+        maps = [v for c in self.carries for v in c.through or ()]
         reach = [self.reach] if self.reach is not None and self.levels == "far" else []
-        return (*(load.value for load in self.loads), *starts, *reach)
+        return (*(load.value for load in self.loads), *starts, *maps, *reach)
 
     @property
     def walks(self) -> bool:

@@ -1,93 +1,29 @@
 """What calls of the same lengths would compute again: shapes, places in one workspace, grids, and arguments as indices.
 
 A plan in sections has launches for each, from the last to the first; what they pass on lies in two buffers in turn.
+With `overlap`, so does all else: kernels of one section run beside those of the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
 
-from lmoe_compiler.codegen.driver import Launches
+from lmoe_compiler.codegen.concurrent import Touch, depths, waits
+from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.extent import Extent, programs, shape_of
 from lmoe_compiler.codegen.launcher import Launcher, interpreting
 from lmoe_compiler.codegen.names import identifier
-from lmoe_compiler.codegen.plan import FAR, Kernel, Passed, Plan, Value
-from lmoe_compiler.codegen.workspace import WORKSPACE, places
+from lmoe_compiler.codegen.plan import FAR, SCANS, Kernel, Passed, Plan, Value
+from lmoe_compiler.codegen.prepared import Launch, Made, Prepared, Sum
+from lmoe_compiler.codegen.workspace import WORKSPACE, Alive, places
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ALIGNMENT = 256
-
-
-@dataclass(frozen=True)
-class Made:
-    """What kernels write: results and parts are tensors of their own, the rest lies in the workspace or in results."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    zeros: bool
-    parts: bool
-    strides: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        rest = (self.shape[i + 1 :] for i in range(len(self.shape)))
-        strides = tuple(prod(max(n, 1) for n in sizes) for sizes in rest)
-        object.__setattr__(self, "strides", strides)
-
-    @property
-    def bytes(self) -> int:
-        size = prod(self.shape) * self.dtype.itemsize
-        return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Parts that a kernel leaves in `slot`, [parts, ...], are added up: other kernels and callers get `total`."""
-
-    slot: int
-    shape: tuple[int, ...]
-    total: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel of a call, not launched where its grid is empty.
-
-    Arguments: slots (inputs, own tensors, the workspace, sums), then lengths.
-    """
-
-    launcher: Launcher
-    grid: int
-    slots: tuple[int, ...]
-    lengths: tuple[int, ...]
-    sums: tuple[Sum, ...]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What calls of one extent have in common. The workspace begins with what has to be zero.
-
-    `places` of the shared values: the slot of a result, or WORKSPACE, and bytes from its start. `bytes` are the
-    workspace's. `totals` are the slots of the parts of sums. `ready` are the launches of devices on which every kernel
-    has run, None where only Triton can launch them.
-    """
-
-    own: tuple[Made, ...]
-    shared: tuple[Made, ...]
-    places: tuple[tuple[int, int], ...]
-    bytes: int
-    zeros: int
-    launches: tuple[Launch, ...]
-    results: tuple[int, ...]
-    totals: tuple[int, ...]
-    narrow: bool
-    ready: dict[int | None, Launches | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +38,48 @@ class Preparation:
 
     def prepared(self, extent: Extent) -> Prepared:
         sections = self.sections(extent)
+        own, shared, where = self.laid_out(extent, sections)
+        names = [*self.given, *(m.name for m in (*own, *shared))]
+        parts = [m.name for m in own if m.parts]
+        place = {name: i for i, name in enumerate([*names, *map(total_of, parts)])}
+        results = tuple(place.get(total_of(name), place[name]) for name in self.results)
+        memory = self.memory(own, shared, where)
+        launches: list[Launch] = []
+        touches: list[list[Touch]] = []
+        for number, section in enumerate(sections):
+            here = self.places_of_section(place, number, last=number == len(sections) - 1)
+            for one in self.launches(extent, section, here):
+                launches.append(one)
+                touches.append([*self.touches(one, memory, number)] if one.grid else [])
+        # Parts of a result are added up when all sections have left theirs, others in each section.
+        ends = {
+            x.total: i for i, one in enumerate(launches) for x in one.sums if x.total in results
+        }
+        after = waits(touches)
+        launches = [
+            replace(
+                one,
+                sums=tuple(x for x in one.sums if ends.get(x.total, i) == i),
+                after=after[i],
+            )
+            for i, one in enumerate(launches)
+        ]
+        return Prepared(
+            tuple(own),
+            tuple(shared),
+            tuple(where),
+            size_of(where, shared),
+            sum(m.bytes for m in shared if m.zeros),
+            tuple(launches),
+            results,
+            tuple(place[name] for name in parts),
+            extent.batch * extent.length < 2**31,
+        )
+
+    def laid_out(
+        self, extent: Extent, sections: Sequence[tuple[int, int]]
+    ) -> tuple[list[Made], list[Made], list[tuple[int, int]]]:
+        """Tensors of their own, what shares memory, and its places there."""
         longest = replace(extent, length=max(length for _, length in sections))
         made: dict[str, Made] = {}
         for kernel in self.plan.kernels:
@@ -110,69 +88,70 @@ class Preparation:
                 made[identifier(value.name)] = self.made(value, within, kernel)
         for one in self.plan.passed:
             del made[one.out.name]
-            made |= self.buffers(one, extent)
         own = [m for m in made.values() if m.name in self.results or m.parts]
         shared = sorted((m for m in made.values() if m not in own), key=lambda m: not m.zeros)
-        zeros = sum(m.bytes for m in shared if m.zeros)
         where = self.places(own if len(sections) == 1 else (), shared)
-        names = [*self.given, *(m.name for m in (*own, *shared))]
-        parts = [m.name for m in own if m.parts]
-        place = {name: i for i, name in enumerate([*names, *map(total_of, parts)])}
-        results = tuple(place.get(total_of(name), place[name]) for name in self.results)
-        launches: list[Launch] = []
-        for number, section in enumerate(sections):
-            here = place | self.between(place, number, last=number == len(sections) - 1)
-            launches += self.launches(extent, section, here)
-        # Parts of a result are added up when all sections have left theirs, others in each section.
-        ends = {
-            x.total: i for i, one in enumerate(launches) for x in one.sums if x.total in results
-        }
-        launches = [
-            replace(one, sums=tuple(x for x in one.sums if ends.get(x.total, i) == i))
-            for i, one in enumerate(launches)
-        ]
-        return Prepared(
-            tuple(own),
-            tuple(shared),
-            tuple(where),
-            max(
-                (
-                    at + m.bytes
-                    for (room, at), m in zip(where, shared, strict=True)
-                    if room == WORKSPACE
-                ),
-                default=0,
-            ),
-            zeros,
-            tuple(launches),
-            results,
-            tuple(place[name] for name in parts),
-            extent.batch * extent.length < 2**31,
-        )
+        if self.plan.choice.overlap and len(sections) > 1:
+            size = size_of(where, shared)
+            where += [(room, at + size) for room, at in where]
+            shared = [replace(m, name=in_turn(m.name, i)) for i in range(2) for m in shared]
+        for m in (m for one in self.plan.passed for m in self.buffers(one, extent)):
+            if m.name in self.results:
+                own.append(m)
+            else:
+                where.append((WORKSPACE, size_of(where, shared)))
+                shared.append(m)
+        return own, shared, where
 
     def places(self, own: Sequence[Made], shared: Sequence[Made]) -> list[tuple[int, int]]:
         """Where shared values lie: those with zeros one by one in the workspace, others as their kernels allow.
 
         Of `own`, results that only later kernels write have room for them.
         """
+        deep = depths(self.plan.kernels)
         used: dict[str, list[int]] = {}
         for number, launcher in enumerate(self.launchers):
             for name in launcher.names:
                 used.setdefault(name, []).append(number)
-        # What passes from section to section has other names in kernels, and is needed all the time.
-        always = [0, len(self.launchers)]
-        needed = [used.get(m.name, always) for m in shared if not m.zeros]
+
+        def alive(name: str) -> Alive:
+            at = [deep[i] for i in used[name]]
+            return Alive(used[name][0], used[name][-1], min(at), max(at))
+
         *first, end = accumulate((m.bytes for m in shared if m.zeros), initial=0)
-        sizes = [m.bytes for m in shared if not m.zeros]
         slots = {len(self.given) + i: m for i, m in enumerate(own) if not (m.parts or m.zeros)}
         rooms = [
-            (prod(m.shape) * m.dtype.itemsize, used.get(m.name, [0])[0]) for m in slots.values()
+            (prod(m.shape) * m.dtype.itemsize, alive(m.name)._replace(last=inf, deep=inf))
+            for m in slots.values()
         ]
-        found = places(sizes, [(n[0], n[-1]) for n in needed], rooms)
+        free = [m for m in shared if not m.zeros]
+        found = places([m.bytes for m in free], [alive(m.name) for m in free], rooms)
         return [(WORKSPACE, at) for at in first] + [
             (WORKSPACE, end + at) if room == WORKSPACE else (list(slots)[room], at)
             for room, at in found
         ]
+
+    def memory(
+        self, own: Sequence[Made], shared: Sequence[Made], where: Sequence[tuple[int, int]]
+    ) -> dict[int, tuple[int, int, float]]:
+        """By slot: the tensor that it lies in, and its bytes there. The caller's tensors are only read."""
+        first = len(self.given)
+        found: dict[int, tuple[int, int, float]] = {
+            first + i: (first + i, 0, inf) for i in range(len(own))
+        }
+        for slot, (m, (room, at)) in enumerate(zip(shared, where, strict=True), first + len(own)):
+            found[slot] = room, at, at + m.bytes
+        return found
+
+    def touches(
+        self, launch: Launch, memory: Mapping[int, tuple[int, int, float]], number: int
+    ) -> Iterator[Touch]:
+        """What a launch of one section reads and writes. Of results, every section has rows of its own."""
+        writes = written(launch.launcher.kernel)
+        for name, slot in zip(launch.launcher.names, launch.slots, strict=False):
+            if slot in memory:
+                room, first, end = memory[slot]
+                yield Touch((room, number if slot == room else 0), first, end, name in writes)
 
     def sections(self, extent: Extent) -> list[tuple[int, int]]:
         """First token and length of the parts of all sequences that are worked on one after another."""
@@ -191,22 +170,28 @@ class Preparation:
         shape = shape_of(value, self.plan, extent, kernel)
         return Made(name, shape, dtype, zeros, bool(value.parts))
 
-    def buffers(self, one: Passed, extent: Extent) -> dict[str, Made]:
-        """What a value passed between sections lies in: two in turn, a zero start and a result where there are such."""
-        names = {f"{one.out.name}_{i}": False for i in range(2)}
-        names |= {} if one.given.name in self.given else {one.given.name: True}
-        names |= {one.result.name: False} if one.result.name in self.results else {}
+    def buffers(self, one: Passed, extent: Extent) -> list[Made]:
+        """What a value passed between sections lies in: two in turn, and a result where there is one."""
+        names = [in_turn(one.out.name, i) for i in range(2)]
+        names += [one.result.name] if one.result.name in self.results else []
         shape = shape_of(one.out, self.plan, extent, self.plan.kernels[-1])
-        return {name: Made(name, shape, torch.float32, zero, False) for name, zero in names.items()}
+        return [Made(name, shape, torch.float32, False, False) for name in names]
 
-    def between(self, place: Mapping[str, int], number: int, last: bool) -> dict[str, int]:
-        """Where a section finds, and where it leaves, what passes from section to section."""
-        found = {}
+    def places_of_section(
+        self, place: Mapping[str, int], number: int, last: bool
+    ) -> dict[str, int]:
+        """Where the kernels of a section find their values, and leave what passes to the next section."""
+        turn = number % 2
+        own = in_turn("", turn)
+        found = dict(place)
+        found |= {n.removesuffix(own): slot for n, slot in place.items() if n.endswith(own)}
         for one in self.plan.passed:
-            turns = [place[f"{one.out.name}_{i}"] for i in range(2)]
-            found[one.into.name] = turns[(number - 1) % 2] if number else place[one.given.name]
+            turns = [place[in_turn(one.out.name, i)] for i in range(2)]
+            found[one.into.name] = turns[turn - 1]
+            if one.given is not None and not number:
+                found[one.into.name] = place[one.given.name]
             goes = last and one.result.name in place
-            found[one.out.name] = place[one.result.name] if goes else turns[number % 2]
+            found[one.out.name] = place[one.result.name] if goes else turns[turn]
         return found
 
     def launches(
@@ -217,7 +202,7 @@ class Preparation:
         within = replace(extent, length=length)
         for launcher in self.launchers:
             kernel = launcher.kernel
-            own = {identifier(v.name) for v in kernel.written}
+            own = written(kernel)
             slots = [
                 place[name] if name in own else place.get(total_of(name), place[name])
                 for name in launcher.names
@@ -233,11 +218,12 @@ class Preparation:
                 grid = -(-grid // FAR)
             numbers += [start, extent.length] if self.plan.passed else []
             numbers.append(length)
-            written = kernel.written if kernel.levels != "near" else ()
-            sums = [self.sum(v, kernel, extent, within, place) for v in written if v.parts]
+            left = kernel.written if kernel.levels != "near" else ()
+            sums = [self.sum(v, kernel, extent, within, place) for v in left if v.parts]
             # Parts without rows have a sum all the same: no rows.
             if grid or sums:
-                yield Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(sums))
+                alone = kernel.order in SCANS and not kernel.span and grid <= device().sms
+                yield Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(sums), alone)
 
     def sum(
         self, value: Value, kernel: Kernel, extent: Extent, within: Extent, place: Mapping[str, int]
@@ -246,6 +232,22 @@ class Preparation:
         name = identifier(value.name)
         shape = shape_of(value, self.plan, extent if value.whole else within, kernel)
         return Sum(place[name], shape, place[total_of(name)])
+
+
+def written(kernel: Kernel) -> set[str]:
+    """Names of what it writes, as parameters."""
+    return {identifier(v.name) for v in kernel.written}
+
+
+def in_turn(name: str, number: int) -> str:
+    """One of the two places of a value that one section still needs when the next one writes its own."""
+    return f"{name} {number}"
+
+
+def size_of(places: Sequence[tuple[int, int]], values: Sequence[Made]) -> int:
+    """Bytes of a workspace with these values."""
+    pairs = zip(places, values, strict=True)
+    return max((at + m.bytes for (room, at), m in pairs if room == WORKSPACE), default=0)
 
 
 def total_of(name: str) -> str:

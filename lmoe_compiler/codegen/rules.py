@@ -156,13 +156,15 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
     kind, backward = Kind.of(program, call), direction == "backward"
     chunk = _chunk(kind, call, backward)
     section = _section(program, kind, call, batch, length, chunk) if backward else 0
+    overlap = _overlaps(kind, call, batch, section)
+    section = -(-section // 2 // KEPT_SPAN) * KEPT_SPAN if overlap else section
     span = 0 if kind.solves else _span(kind, call, batch, section or length)
     if call.dtype == "fp32":
         choice = _full_precision(kind, backward, chunk)
     else:
         load = Load.of(call, batch, section or length, span)
         choice = _half_precision(kind, backward, chunk, load)
-    return replace(choice, section=section, span=span)
+    return replace(choice, section=section, overlap=overlap, span=span)
 
 
 def _chunk(kind: Kind, call: Call, backward: bool) -> int:
@@ -325,6 +327,14 @@ def _section(program: Program, kind: Kind, call: Call, batch: int, length: int, 
         section = max(KEPT_SPAN, length // (2 if kind.vector else 4) // KEPT_SPAN * KEPT_SPAN)
     large = states >= SECTIONED and (kind.solves or states > inputs)
     return section if large and section < length else 0
+
+
+def _overlaps(kind: Kind, call: Call, batch: int, section: int) -> bool:
+    """Whether two sections of half the size are worked on side by side: where much else is to be done while a chain
+    is scanned, or it leaves most SMs idle. (Not timed in fp32, or with long axes.)
+    """
+    timed = kind.solves and section > KEPT_SPAN and not (call.exact or kind.wide)
+    return timed and (kind.vector or _programs(call, batch, 16) <= device().sms)
 
 
 def _programs(call: Call, batch: int, tile: int) -> int:
