@@ -160,6 +160,35 @@ def test_kernels_side_by_side_in_any_order(name, plan, monkeypatch):
     assert any(moved)
 
 
+@pytest.mark.parametrize("plan", ["sections side by side", "spans and sections"])
+@pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
+def test_the_last_section_starts_from_nothing(name, plan, monkeypatch):
+    """Without a gradient of the final state nothing is read of where the others' lies."""
+    right = launch.allocate
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        x = right(*args)
+        return x.fill_(255 if x.dtype == torch.uint8 else float("nan"))
+
+    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    monkeypatch.setattr(launch, "allocate", poisoned)
+    run.forget()
+    case = BY_NAME[name]
+    (exact, _), (rounded, _) = single(Sizes(B=2, T=70, H=1, K=16, V=20), case)
+    found = []
+    for call, given in (
+        (case.recurrence.reference, exact),
+        (case.recurrence.with_options(implementation="triton"), rounded),
+    ):
+        leaves = [x.requires_grad_() for x in given.values()]
+        o = call(*leaves)
+        found.append([o, *torch.autograd.grad(o, leaves, o.detach())])
+    run.forget()
+    for x, y in zip(*found, strict=True):
+        assert (x - y).norm() < TOLERANCE * x.norm()
+
+
 @pytest.mark.parametrize("name", ["kda", "rwkv7"])
 def test_loops_over_keys(name, monkeypatch):
     """Pairs of decayed keys, and the norms of keys, are there before gradients of keys are computed tile by tile."""
