@@ -51,6 +51,9 @@ PLANS = {
     "inner": replace(
         PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))
     ),
+    "far results apart": replace(
+        PREPARED, products=True, kernels=(("gradients", Tuning(0, inner=16, apart=True)),)
+    ),
     "products": replace(PREPARED, products=True, kernels=(("products", Tuning(block=16)),)),
     "products in sections": replace(
         PREPARED,

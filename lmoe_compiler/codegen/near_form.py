@@ -18,11 +18,9 @@ from dataclasses import replace
 
 from lmoe_compiler.codegen.plan import Store, Value
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.simplify import merge_running
+from lmoe_compiler.codegen.simplify import merge_running, with_sums
 from lmoe_compiler.codegen.tile import Builder
 from lmoe_compiler.ir.nodes import ROW, Node
-
-SUMS = frozenset({"add", "sub", "neg"})
 
 
 def near_form(stores: Sequence[Store], cut: Mapping[Node, Value], exact: bool) -> tuple[Store, ...]:
@@ -38,7 +36,7 @@ def near_form(stores: Sequence[Store], cut: Mapping[Node, Value], exact: bool) -
         done[node] = loaded.get(new, new)
     roots = [done[s.node] for s in stores]
     if not exact:
-        roots = _merged(build, roots, loaded)
+        roots = with_sums(build, roots, closure(roots, loaded), loaded, merge_running)
     # What tells whether a chunk is near has to be there.
     running = {n.args[0] for n in closure(roots, loaded) if is_running(n)}
     assert running >= {done[n.args[0]] for n in nodes if n.op == "level_sums" and n not in cut}
@@ -77,17 +75,3 @@ def _near(build: Builder, node: Node, args: list[Node], exact: bool) -> Node:
     if node["of"] == "col":
         return build.make("neg", total)
     return build.make("sub", total, x) if rest else total
-
-
-def _merged(build: Builder, roots: list[Node], loaded: Mapping[Node, Node]) -> list[Node]:
-    """Every sum of running sums as one."""
-    nodes = closure(roots, loaded)
-    tops = {*roots, *(a for n in nodes if n.op not in SUMS and n not in loaded for a in n.args)}
-    done: dict[Node, Node] = {}
-    for node in nodes:
-        new = node
-        if node not in loaded:
-            new = build.make(node.op, *(done[a] for a in node.args), like=node, **dict(node.attrs))
-            new = merge_running(build, new, loaded) if node in tops else new
-        done[node] = loaded.get(new, new)
-    return [done[root] for root in roots]

@@ -29,14 +29,15 @@ from lmoe_compiler.codegen.plan import (
     padded,
 )
 from lmoe_compiler.codegen.reach import closure
+from lmoe_compiler.codegen.simplify import merge_levels, with_sums
 from lmoe_compiler.codegen.spans import span_carries
-from lmoe_compiler.codegen.tile import inside_levels
+from lmoe_compiler.codegen.tile import Builder, inside_levels
 from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program
 
 
 def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list[Kernel]:
-    """A kernel for chunks whose decays are all near, and one that redoes the others.
+    """A kernel for chunks whose decays are all near, and one that redoes the others, or one for each of its results.
 
     In one kernel the registers of the loop over levels would be taken from every chunk; alone, it has them of twice
     the warps.
@@ -44,8 +45,24 @@ def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list
     reach = Value(f"{kernel.name}_reach", (), "program", "fp32")
     near = replace(kernel, levels="near", reach=reach, stores=near_form(kernel.stores, cut, exact))
     tuning = replace(kernel.tuning, num_warps=min(8, 4 * kernel.tuning.num_warps))
-    name = f"{kernel.name}_far"
-    return [near, replace(kernel, name=name, levels="far", reach=reach, tuning=tuning)]
+    far = replace(kernel, name=f"{kernel.name}_far", levels="far", reach=reach, tuning=tuning)
+    stores = _levels_merged(kernel.stores, cut)
+    if not tuning.apart:
+        return [near, replace(far, stores=stores)]
+    found = [near]
+    for store in stores:
+        nodes = set(closure([store.node], cut))
+        loads = tuple(load for load in kernel.loads if load.node in nodes)
+        name = f"{far.name}_{store.value.name}"
+        found.append(replace(far, name=name, loads=loads, stores=(store,)))
+    return found
+
+
+def _levels_merged(stores: Sequence[Store], cut: Mapping[Node, Value]) -> tuple[Store, ...]:
+    """The same values with each sum of sums over levels as one."""
+    roots, loaded = [s.node for s in stores], {n: n for n in cut}
+    found = with_sums(Builder(), roots, closure(roots, cut), loaded, merge_levels)
+    return tuple([replace(s, node=root) for s, root in zip(stores, found, strict=True)])
 
 
 def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, frozenset[str]]:

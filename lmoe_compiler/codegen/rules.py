@@ -247,7 +247,7 @@ def _gradients(kind: Kind) -> Tuning:
         return Tuning(0, 0, 8, 1, full=True)
     if kind.solves:
         if kind.vector:
-            return Tuning(0, 0, 2, 3, inner=16)
+            return Tuning(0, 0, 2, 3, inner=16, apart=kind.general)
         if kind.narrow:
             return Tuning(0, 0, 1, 1, inner=16) if kind.scalar else Tuning(0, 0, 2, 1)
         return Tuning(0, 0, 1, 3, inner=16) if kind.scalar else Tuning(0, 0, 1, 1, inner=32)

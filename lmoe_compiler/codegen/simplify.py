@@ -5,7 +5,7 @@ Used by tile.py while it rewrites; each rule returns None where it does not appl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Attr, Node
@@ -100,6 +100,49 @@ def merge_running(build: Maker, root: Node, loaded: Container[Node] = ()) -> Nod
             (1, build.make("sum", _signed(build, [(s, x.args[0]) for s, x in totals]), axis=ROW))
         )
     return _signed(build, parts)
+
+
+def merge_levels(build: Maker, root: Node, loaded: Container[Node] = ()) -> Node:
+    """A sum of sums over levels as one, which gathers once for each kind of gather in them."""
+    terms = _terms(root, 1, loaded)
+    levels = [(s, x) for s, x in terms if x.op == "level_sum" and x not in loaded]
+    if len(levels) < 2:
+        return root
+    inside = [t for s, x in levels for t in _terms(x.args[0], s, loaded)]
+    gathers: dict[tuple[object, ...], list[tuple[int, Node]]] = {}
+    parts: list[tuple[int, Node]] = []
+    for sign, x in inside:
+        if x.op == "level_gather":
+            gathers.setdefault(x.attrs, []).append((sign, x))
+        else:
+            parts.append((sign, x))
+    for same in gathers.values():
+        (_, like), *_ = same
+        total = _signed(build, [(s, x.args[0]) for s, x in same])
+        parts.append((1, build.make("level_gather", total, like=like, **dict(like.attrs))))
+    merged = build.make("level_sum", _signed(build, parts), like=root)
+    return _signed(build, [(1, merged), *(t for t in terms if t not in levels)])
+
+
+def with_sums(
+    build: Maker,
+    roots: Iterable[Node],
+    nodes: Iterable[Node],
+    loaded: Mapping[Node, Node],
+    merge: Callable[[Maker, Node, Container[Node]], Node],
+) -> list[Node]:
+    """The roots with every whole sum among `nodes` (operands first) merged; `loaded` nodes stay as they are."""
+    nodes, roots = list(nodes), list(roots)
+    sums = {"add", "sub", "neg"}
+    whole = {*roots, *(a for n in nodes if n.op not in sums and n not in loaded for a in n.args)}
+    done: dict[Node, Node] = {}
+    for node in nodes:
+        new = node
+        if node not in loaded:
+            new = build.make(node.op, *(done[a] for a in node.args), like=node, **dict(node.attrs))
+            new = merge(build, new, loaded) if node in whole else new
+        done[node] = loaded.get(new, new)
+    return [done[root] for root in roots]
 
 
 def _terms(node: Node, sign: int, loaded: Container[Node]) -> list[tuple[int, Node]]:
