@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmoe_compiler import cli
 from lmoe_compiler.bench import (
@@ -23,6 +25,7 @@ from lmoe_compiler.bench import (
     table,
     tune,
 )
+from lmoe_compiler.bench.measure import covered
 from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.bench.processes import Task, one_by_one, side_by_side
 from lmoe_compiler.bench.workloads import GATE_SHAPES, STEP_SHAPES, WORKLOADS, make_inputs
@@ -271,6 +274,12 @@ def test_the_table_and_its_gates(tmp_path, capsys):
     assert found["peak memory over FLA's, gla, worst of 2"].measured == 1.0
     assert found["first forward of gla, cold cache, s"].passed
     assert not found["first forward of gla, warm cache, s"].passed
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), max_size=8))
+def test_time_covered_by_kernels_side_by_side_is_counted_once(drawn):
+    spans = [(begin, begin + length) for begin, length in drawn]
+    assert covered(spans) == len(set().union(*(range(*span) for span in spans)))
 
 
 def test_every_library_call_takes_the_inputs_it_is_given():

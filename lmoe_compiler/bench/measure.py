@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -48,15 +49,39 @@ def first_call_seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def kernel_times(function: Callable[[], object], calls: int = 5) -> list[tuple[str, int, float]]:
-    """Kernels of a call, longest first: name, launches, microseconds of all of them (means over `calls`)."""
+@dataclass(frozen=True)
+class Profile:
+    """Kernels of a call, longest first: name, launches, microseconds of all of them (means over some calls).
+
+    `busy` are the microseconds in which at least one runs: fewer than the sum where some run side by side.
+    """
+
+    times: list[tuple[str, int, float]]
+    busy: float
+
+
+def profiled(function: Callable[[], object], calls: int = 5) -> Profile:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(calls):
             function()
         torch.cuda.synchronize()
     found = [e for e in recorded.key_averages() if e.device_type.name == "CUDA"]
     times = [(e.key, e.count // calls, float(e.self_device_time_total) / calls) for e in found]
-    return sorted(times, key=lambda time: -time[2])
+    # One by one, as they ran.
+    spans = [e.time_range for e in recorded.events() or () if e.device_type.name == "CUDA"]
+    return Profile(
+        sorted(times, key=lambda time: -time[2]),
+        covered([(span.start, span.end) for span in spans]) / calls,
+    )
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of what intervals cover together."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -23,9 +23,9 @@ from lmoe_compiler.bench.measure import (
     COPY_BANDWIDTH,
     first_call_seconds,
     forward_backward,
-    kernel_times,
     median_us,
     peak_bytes,
+    profiled,
 )
 from lmoe_compiler.bench.plans import bounds
 from lmoe_compiler.bench.processes import READY
@@ -87,12 +87,13 @@ def measure(work: dict[str, Any], side: Side) -> dict[str, Any]:
     both = side.both(torch.randn_like(o))
     with torch.no_grad():
         row["forward_us"] = median_us(side.forward)
-        kernels = {"forward": kernel_times(side.forward)}
+        found = {"forward": profiled(side.forward)}
     row["both_us"] = median_us(both)
-    kernels["both"] = kernel_times(both)
-    for direction, found in kernels.items():
-        row[f"{direction}_kernels"] = sum(count for _, count, _ in found)
-    row["kernels"] = kernels
+    found["both"] = profiled(both)
+    for direction, one in found.items():
+        row[f"{direction}_kernels"] = sum(count for _, count, _ in one.times)
+        row[f"{direction}_busy_us"] = one.busy
+    row["kernels"] = {direction: one.times for direction, one in found.items()}
     if work["side"] == "ours":
         row["bounds"] = bounds(work["op"], tuple(work["shape"]), work["dtype"])
     row["peak_mib"] = peak_bytes(both) / 2**20

@@ -32,6 +32,7 @@ def header(plan: Plan) -> list[str]:
 def lines(plan: Plan) -> Iterator[str]:
     """One line a kernel: how it walks the chunks, what it carries, loads and stores, and its configuration."""
     sections = f", sections of {plan.choice.section} tokens" if plan.passed else ""
+    sections += ", two at a time" if plan.passed and plan.choice.overlap else ""
     yield f"chunks of {plan.chunk} tokens, {len(plan.kernels)} kernels{sections}"
     for kernel in plan.kernels:
         loads = _names(load.value.name for load in kernel.loads)
