@@ -54,8 +54,6 @@ def in_half_precision(program: Program, inputs: list[torch.Tensor], error: float
         ("gla", "inner"),
         ("kda", "inner"),
         ("rwkv7", "inner"),
-        ("kda", "far results apart"),
-        ("rwkv7", "far results apart"),
         ("two_decays", "inner"),
         ("two_decays", "prepared"),
     ],

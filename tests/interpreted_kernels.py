@@ -51,9 +51,6 @@ PLANS = {
     "inner": replace(
         PREPARED, kernels=(("prepare", Tuning(0, inner=16)), ("gradients", Tuning(0, inner=16)))
     ),
-    "far results apart": replace(
-        PREPARED, products=True, kernels=(("gradients", Tuning(0, inner=16, apart=True)),)
-    ),
     "products": replace(PREPARED, products=True, kernels=(("products", Tuning(block=16)),)),
     "products in sections": replace(
         PREPARED,
@@ -141,9 +138,15 @@ def latest_first(prepared: Prepared) -> Prepared:
 
 
 @pytest.mark.parametrize(
-    "plan", ["prepared", "spans", "sections side by side", "products in sections"]
+    ("name", "plan"),
+    [
+        ("simple_gla", "spans"),
+        ("gla", "spans and sections"),
+        ("gla", "sections side by side"),
+        ("gated_delta_rule", "products in sections"),
+        ("kda", "products in sections"),
+    ],
 )
-@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule", "kda"])
 def test_kernels_side_by_side_in_any_order(name, plan, monkeypatch):
     """What a graph of kernels may run early or late changes nothing."""
     right, moved = launch.Executable.prepare, []

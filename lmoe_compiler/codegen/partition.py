@@ -37,7 +37,7 @@ from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program
 
 
 def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list[Kernel]:
-    """A kernel for chunks whose decays are all near, and one that redoes the others, or one for each of its results.
+    """A kernel for chunks whose decays are all near, and one that redoes the others.
 
     In one kernel the registers of the loop over levels would be taken from every chunk; alone, it has them of twice
     the warps.
@@ -45,17 +45,9 @@ def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list
     reach = Value(f"{kernel.name}_reach", (), "program", "fp32")
     near = replace(kernel, levels="near", reach=reach, stores=near_form(kernel.stores, cut, exact))
     tuning = replace(kernel.tuning, num_warps=min(8, 4 * kernel.tuning.num_warps))
-    far = replace(kernel, name=f"{kernel.name}_far", levels="far", reach=reach, tuning=tuning)
-    stores = _levels_merged(kernel.stores, cut)
-    if not tuning.apart:
-        return [near, replace(far, stores=stores)]
-    found = [near]
-    for store in stores:
-        nodes = set(closure([store.node], cut))
-        loads = tuple(load for load in kernel.loads if load.node in nodes)
-        name = f"{far.name}_{store.value.name}"
-        found.append(replace(far, name=name, loads=loads, stores=(store,)))
-    return found
+    name, stores = f"{kernel.name}_far", _levels_merged(kernel.stores, cut)
+    far = replace(kernel, name=name, levels="far", reach=reach, tuning=tuning, stores=stores)
+    return [near, far]
 
 
 def _levels_merged(stores: Sequence[Store], cut: Mapping[Node, Value]) -> tuple[Store, ...]:

@@ -24,7 +24,6 @@ class Tuning:
     inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
     full                  products with a computed block take it in fp32 (tf32), not rounded to half precision
     offsets               a row's address is a base and offsets that are added up first, not pointers step by step
-    apart                 far chunks have a kernel for each result
     """
 
     block: int = 64
@@ -34,7 +33,6 @@ class Tuning:
     inner: int = 0
     full: bool = False
     offsets: bool = False
-    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,8 +166,8 @@ class Kernel:
 
     @property
     def tuned_as(self) -> str:
-        """Its name in a Choice: far kernels have the tiles of their near kernel."""
-        return self.name.partition("_far")[0]
+        """Its name in a Choice: a far kernel has the tiles of its near kernel."""
+        return self.name.removesuffix("_far")
 
     @property
     def roots(self) -> tuple[Node, ...]:

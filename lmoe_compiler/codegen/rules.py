@@ -41,6 +41,8 @@ gradients, scalar decay        tiles of 32 keys in 3 stages: 584, RetNet 604, no
                                keys: 520 and 521, but 92 and 116 B, over the budget; tiles of values: 644, 671);
                                Mamba-2 695. Sums over pairs taken from the products of queries and keys: 569, but dg 5
                                times less exact
+far chunks, a kernel each      RWKV-7's gradients: 0 to 32 B of spills for 324, but where all chunks are far 73 ms (26.6
+                               in one), and 4483 us in all where none is (4274)
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
                                (1112), HGRN2 489 + 758 (1213), no spills; not done: too little, and products are
                                rounded
@@ -78,6 +80,16 @@ spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 
 states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 linear
                                attention 337 us, 180 MiB against 292, 264; KDA 977, 418 against 947, 645; delta rule
                                660, 256 against 595, 569
+side by side                   in graphs, scans of whole sequences first: states and adjoint of the delta rule, backward
+                               1990 (one after another 2187; states first 2645: the adjoint's few programs share SMs
+                               then and take twice as long), gated 2386 (2687), KDA 3033 (3165); B4 T2048: delta rule
+                               507 (589), linear attention 215 (248), simple GLA 300 (342). Asking for half of an SM's
+                               shared memory, and a high priority, keep these programs apart
+sections side by side          half as long, two in memory: KDA 2719 (2986), RWKV-7 4217 (4369); B1 T65536 H8: delta
+                               rule 2899 (3338; 4161 with programs not kept apart, 3193 without priority), gated 3479
+                               (4003), KDA 3449 (4555). Delta rule 2085 (1953), gated 2471 (2346), linear attention
+                               858 (828), simple GLA 1146 (1121), GLA 1942 (2021, with 56 kernels for 28): not done.
+                               Nor forward: delta rule 586 (540), KDA 873 (831)
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
 fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 64: 1809), simple GLA 1751 (2007,
@@ -247,7 +259,7 @@ def _gradients(kind: Kind) -> Tuning:
         return Tuning(0, 0, 8, 1, full=True)
     if kind.solves:
         if kind.vector:
-            return Tuning(0, 0, 2, 3, inner=16, apart=kind.general)
+            return Tuning(0, 0, 2, 3, inner=16)
         if kind.narrow:
             return Tuning(0, 0, 1, 1, inner=16) if kind.scalar else Tuning(0, 0, 2, 1)
         return Tuning(0, 0, 1, 3, inner=16) if kind.scalar else Tuning(0, 0, 1, 1, inner=32)
