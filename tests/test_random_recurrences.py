@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +85,16 @@ def agrees(traced: Traced, program: Program) -> None:
         x = value.to(axes).expand(expected.shape)
         torch.testing.assert_close(x[known], expected[known], rtol=1e-8, atol=1e-8)
     assert all(base(a) in ("K", "V") for a in program.output.axes)
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("other", [make("size", axis="K"), INPUTS[0].node, INPUTS[3].node])
+def test_what_a_function_turns_into_is_summed_as_it_was(function, other):
+    """1 - sigmoid(-x) is sigmoid(x), and the 1 is summed over the values as sigmoid is."""
+    S, q = STATES[0].node, INPUTS[0].node
+    total = make("sum", make("sigmoid", make(function, make("sub", S, other))), axis="V")
+    traced = Traced("r", STATES, INPUTS, (), (q, total), q, ("K",), lambda *_: None)
+    agrees(traced, analyse(traced, ()))
 
 
 @settings(max_examples=60, deadline=None)

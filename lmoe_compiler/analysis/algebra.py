@@ -68,7 +68,9 @@ def normal(mono: Monomial) -> Poly:
         rest = list(factors)
         rest.remove(diagonal)
         level = level_of(factors)
-        return product_with(rest, apply(diagonal[0].name, open_atom(*diagonal, level)), level)
+        return product_with(
+            rest, apply(diagonal[0].name, open_atom(*diagonal, level)), level, factors
+        )
     merged = merge(factors)
     return merged if merged is not None else Poly({canonical(factors): Fraction(1)})
 
@@ -357,7 +359,7 @@ def merge(factors: list[Factor]) -> Poly | None:
     level = level_of(factors)
     if len(exps) > 1:
         total = add(*(open_atom(*f, level)[0] for f in exps))
-        return product_with([f for f in factors if f not in exps], exp(total), level)
+        return product_with([f for f in factors if f not in exps], exp(total), level, factors)
     return _merge_powers(factors, powers, level)
 
 
@@ -367,12 +369,14 @@ def _merge_powers(factors: list[Factor], powers: list[Factor], level: int) -> Po
         for other in powers[i + 1 :]:
             if open_atom(*other, level)[0] == base:
                 rest = _without(factors, power_, other)
-                return product_with(rest, power(base, e + Fraction(other[0].name[4:])), level)
+                found = power(base, e + Fraction(other[0].name[4:]))
+                return product_with(rest, found, level, factors)
         term = single(base)
         if term is not None and len(term[0]) == 1 and term[1] == 1 and not _is_summed(term[0]):
             plain_ = (term[0][0][0], tuple(lowered(x, level) for x in term[0][0][1]))
             if plain_ in factors:
-                return product_with(_without(factors, power_, plain_), power(base, e + 1), level)
+                rest = _without(factors, power_, plain_)
+                return product_with(rest, power(base, e + 1), level, factors)
     return None
 
 
@@ -388,15 +392,21 @@ def lowered(label: str, level: int) -> str:
     return label.replace("^" * level, "~") if label.count("^") == level else label
 
 
-def product_with(rest: Iterable[Factor], p: Poly, level: int) -> Poly:
-    """rest * p, where p came out of functions opened at `level`: its carets are bound labels of `rest`."""
+def product_with(rest: Iterable[Factor], p: Poly, level: int, whole: Iterable[Factor]) -> Poly:
+    """rest * p, where p came out of functions opened at `level`: its carets are bound labels of the `whole` product.
+
+    A term of p may be without a label that the functions had, as 1 is in 1 - sigmoid(x): it is summed all the same.
+    """
     rest = list(rest)
+    bound = sorted(x for x in labels_of(whole) if is_bound(x))
     total = Poly()
     for mono, c in p.items():
         names = {x: lowered(x, level) for x in labels_of(mono)}
-        taken = labels_of(rest) | set(names.values())
+        found = labels_of(rest) | set(names.values())
+        sizes = [(Atom("size", dim(x)), ()) for x in bound if x not in found]
+        taken = found | set(bound)
         for x in sorted(x for x in labels_of(mono) if is_bound(x)):
             names[x] = fresh(dim(x), taken)
             taken.add(names[x])
-        total = add(total, scale(normal((*rest, *renamed(mono, names))), c))
+        total = add(total, scale(normal((*rest, *sizes, *renamed(mono, names))), c))
     return total

@@ -295,7 +295,7 @@ def _divide_monomial(mono: Monomial, by: Monomial) -> Poly | None:
                     break
         else:
             return None
-    return product_with(left, out, level)
+    return product_with(left, out, level, left)
 
 
 def _without_exponent(have: Poly, wanted: Poly) -> Poly | None:

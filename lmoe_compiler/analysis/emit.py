@@ -296,7 +296,7 @@ class Emitter:
                 product = mul(product, apply(a.name, args))
             else:
                 plain.append((Atom("written", a.name), labels))
-        return product_with(plain, product, level)
+        return product_with(plain, product, level, mono)
 
 
 def the_indicator(p: Poly) -> Factor | None:
