@@ -97,6 +97,15 @@ def test_what_a_function_turns_into_is_summed_as_it_was(function, other):
     agrees(traced, analyse(traced, ()))
 
 
+def test_a_maximum_of_readouts_reads_the_whole_state():
+    """Its axis is none of the step's: no vector has it."""
+    q, W = INPUTS[0].node, INPUTS[4].node
+    readout = make("dot", STATES[1].node, W, axis="K")
+    largest = make("max", make("mul", readout, q), axis="V")
+    traced = Traced("r", STATES, INPUTS, (), (largest, q), q, ("K",), lambda *_: None)
+    agrees(traced, analyse(traced, ()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps())
 def test_values_too_large_to_expand_are_used_as_written(traced):

@@ -272,7 +272,9 @@ class Emitter:
         return self._product_without_states(((a, place), *rest))
 
     def _reads_by_vector(self, group: list[Factor]) -> bool:
-        """Whether this is w[K~0] S[K~0, V], where nothing but one bound axis touches the state."""
+        """Whether this is w[K~0] S[K~0, V], where nothing but one bound axis touches the state: a vector that differs
+        along an axis of the tensor, or along one that a maximum is taken of, is none.
+        """
         states = [f for f in group if f[0].kind == "state"]
         others = [f for f in group if f not in states]
         if len(states) != 1:
@@ -282,7 +284,8 @@ class Emitter:
         ):
             return False
         bound = [x for x in states[0][1] if is_bound(x)]
-        return len(bound) == 1 and not any(is_free(x) for x in labels_of(others))
+        apart = any(is_free(x) or "@" in x for x in labels_of(others))
+        return len(bound) == 1 and not apart
 
     def _product_without_states(self, mono: Monomial) -> Poly:
         plain = [f for f in mono if not f[0].states]
