@@ -106,6 +106,17 @@ def test_a_maximum_of_readouts_reads_the_whole_state():
     agrees(traced, analyse(traced, ()))
 
 
+def test_what_is_the_same_along_an_axis_has_it_no_more():
+    """A sum of many terms is used as it is written, but not with an axis that its value is free of."""
+    d = make("delta", a="K", b="K'")
+    terms = make("add", make("exp", make("tanh", d)), make("const", value=0.5))
+    diagonal = make("dot", d, make("pow", terms, make("const", value=2.0)), axis="K")
+    q = INPUTS[0].node
+    total = make("sum", make("exp", diagonal), axis="K'")
+    traced = Traced("r", STATES, INPUTS, (), (q, total), q, ("K",), lambda *_: None)
+    agrees(traced, analyse(traced, ()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps())
 def test_values_too_large_to_expand_are_used_as_written(traced):

@@ -83,7 +83,9 @@ class Emitter:
         for node, p in polynomials.items():
             if node.loc is not None and node.op not in ("input", "const"):
                 self.lines.setdefault(p.key, node.loc)
-            if len(p) >= AS_WRITTEN and not p.states and not self.mentions_state(node):
+            # What is the same along an axis is written with it, and has it no more.
+            same = set(node.axes) == set(p.free)
+            if same and len(p) >= AS_WRITTEN and not p.states and not self.mentions_state(node):
                 name, labels = _signature(p)
                 self.written.setdefault(name, (node, labels))
 
