@@ -20,7 +20,7 @@ from lmoe_compiler.analysis.classify import RankOne, Refused, Terms, classify
 from lmoe_compiler.analysis.emit import Emitter
 from lmoe_compiler.analysis.evaluate import Evaluator
 from lmoe_compiler.analysis.intervals import range_of
-from lmoe_compiler.analysis.poly import Poly, atom
+from lmoe_compiler.analysis.poly import Atom, Poly, atom
 from lmoe_compiler.ir.nodes import (
     Bound,
     Decay,
@@ -346,9 +346,12 @@ class _Analysis:
             if not self.emit.mentions_state(node):
                 return node
             self.emit.loc = node.loc
-            if node in self.cuts or node.op == "input" or _is_sum_of_reads(p):
+            if node in self.cuts or node.op == "input":
                 return self.emit.node(p)
-            if node.op in ("dot", "mul") and len(p) == 1 and not _is_opaque(p):
+            # An atom that stands for the node would be expressed by the node.
+            standing = [self.evaluator.opaque_nodes[a.name] for a in _opaque(p)]
+            product = node.op in ("dot", "mul") and len(p) == 1 and not standing
+            if product or (_is_sum_of_reads(p) and node not in standing):
                 return self.emit.node(p)
             return Node(node.op, tuple(expressed(a) for a in node.args), node.attrs, node.loc)
 
@@ -361,8 +364,8 @@ def _is_sum_of_reads(p: Poly) -> bool:
     return all(len(atoms) <= 1 and all(a.kind == "state" for a in atoms) for atoms in inside)
 
 
-def _is_opaque(p: Poly) -> bool:
-    return any(a.kind == "opaque" for mono in p for a, _ in mono)
+def _opaque(p: Poly) -> list[Atom]:
+    return [a for mono in p for a, _ in mono if a.kind == "opaque"]
 
 
 def _along(axes: Sequence[str], node: Node) -> Node:
