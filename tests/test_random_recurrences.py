@@ -117,6 +117,28 @@ def test_what_is_the_same_along_an_axis_has_it_no_more():
     agrees(traced, analyse(traced, ()))
 
 
+def test_a_value_too_large_keeps_the_order_of_its_axes():
+    """It is expressed by reads, with its axes in another order than it was written with."""
+    S, q, v, A = STATES[0].node, INPUTS[0].node, INPUTS[2].node, INPUTS[5].node
+    number = make("sin", make("sum", v, axis="V"))
+    renamed = make("rename", S, old="V", new="V'")
+    large = make("add", number, make("add", renamed, make("sum", A, axis="K")))
+    total = make("sum", make("sum", large, axis="V'"), axis="K'")
+    traced = Traced("r", STATES, INPUTS, (), (q, total), q, ("K",), lambda *_: None)
+    with mock.patch.object(evaluate, "MOST_MONOMIALS", 2):
+        agrees(traced, analyse(traced, ()))
+
+
+def test_a_value_too_large_that_mentions_a_state_for_nothing():
+    """0 * S in it: it does not depend on the state, and is not expressed by what stands for it."""
+    S, q, v, g = STATES[0].node, INPUTS[0].node, INPUTS[2].node, INPUTS[3].node
+    nothing = make("mul", make("const", value=0.0), S)
+    large = make("add", make("add", make("sin", v), g), make("add", q, nothing))
+    traced = Traced("r", STATES, INPUTS, (), (q, q), large, ("K", "V"), lambda *_: None)
+    with mock.patch.object(evaluate, "MOST_MONOMIALS", 2):
+        agrees(traced, analyse(traced, ()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps())
 def test_values_too_large_to_expand_are_used_as_written(traced):

@@ -193,13 +193,15 @@ class Emitter:
         if a.kind == "fn":
             return self._function(a, labels)
         if a.kind in ("opaque", "written"):
-            return self._placed(self.express(self.opaque[a.name]), labels)
-        return self._placed(self.inputs[a.name], labels)
+            stands = self.opaque[a.name]
+            # What it is expressed by may have its axes in another order.
+            return self._placed(self.express(stands), stands.axes, labels)
+        return self._placed(self.inputs[a.name], self.inputs[a.name].axes, labels)
 
-    def _placed(self, node: Node, labels: tuple[str, ...]) -> Node:
-        """`node` with its axes named by `labels`; `N=2` takes an entry, a repeated label the diagonal."""
+    def _placed(self, node: Node, axes: tuple[str, ...], labels: tuple[str, ...]) -> Node:
+        """`node` with its `axes` named by `labels`; `N=2` takes an entry, a repeated label the diagonal."""
         names: dict[str, str] = {}
-        for axis, label in zip(node.axes, labels, strict=True):
+        for axis, label in zip(axes, labels, strict=True):
             if "=" in label:
                 node = self.make("index", node, axis=axis, at=int(label.split("=")[1]))
             elif label in names.values():
