@@ -73,8 +73,10 @@ def test_near_and_far_chunks_in_half_precision(name, plan, monkeypatch):
         program = BY_NAME[name].recurrence.program()
         inputs, _ = make_inputs(BY_NAME[name], Sizes(B=1, T=56, H=2, K=20, V=24))
     for gate in {"g", "w"} & set(inputs):
-        strong = torch.ones(56).index_fill(0, torch.arange(16, 32), 60.0)
+        strong = torch.ones(56).index_fill(0, torch.arange(16, 32), 300.0)
         inputs[gate] = -inputs[gate].abs() / 5 * strong.view(1, 56, *[1] * (inputs[gate].dim() - 2))
+    vectors = [inputs[gate] for gate in ("g", "w") if gate in inputs and inputs[gate].dim() > 3]
+    assert all(x[:, 16:32].sum(1).min() < -80 for x in vectors), "far in bf16"
     inputs = [inputs[var.name].bfloat16() for var in program.inputs]
     in_half_precision(program, inputs, 1e-4)
     run.forget()

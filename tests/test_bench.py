@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmoe_compiler import cli
@@ -276,6 +276,7 @@ def test_the_table_and_its_gates(tmp_path, capsys):
     assert not found["first forward of gla, warm cache, s"].passed
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), max_size=8))
 def test_time_covered_by_kernels_side_by_side_is_counted_once(drawn):
     spans = [(begin, begin + length) for begin, length in drawn]

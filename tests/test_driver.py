@@ -57,6 +57,10 @@ class Recorder(host.Driver):
     captured: list[int] = field(default_factory=list)
     taken: dict[str, int] = field(default_factory=dict)
     code: int = 0
+    status: int = 1
+    refuses: bool = False
+    priority: dict[int, int] = field(default_factory=dict)
+    most_shared: dict[int, int] = field(default_factory=dict)
 
     def call(self, run: Callable[[], object]) -> object:
         """Its tensors lie where those of the call before did."""
@@ -80,7 +84,25 @@ class Recorder(host.Driver):
         own.append(new._obj.value)
         return 0
 
+    def cuCtxGetStreamPriorityRange(self, least: Any, most: Any) -> int:
+        least._obj.value, most._obj.value = 0, -5
+        return 0
+
+    def cuGraphKernelNodeSetAttribute(self, node: Any, attribute: int, value: Any) -> int:
+        assert attribute == 8
+        self.priority[node.value] = value._obj[0]
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+        assert attribute == 8
+        if self.refuses:
+            return driver.INVALID_VALUE
+        self.most_shared[function.value] = value
+        return 0
+
     def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:
+        nodes = self.nodes[graph.value - 1]
+        assert flags.value == (8 if any(self.priority.get(n) for n in nodes) else 0)
         executable._obj.value = 100 + graph.value
         return 0
 
@@ -94,8 +116,9 @@ class Recorder(host.Driver):
         function, *sizes = self.words(address)
         grid, threads, shared = tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
         kernel = self.kernels[function]
-        alone = kernel.order in ("forward", "reverse") and not kernel.span
+        alone = kernel.name == "adjoint" and not kernel.span and not self.refuses
         assert shared == (HALF if alone else function)
+        assert self.most_shared.get(function) == (HALF if alone else None)
         pointers = ctypes.c_uint64.from_address(address + 40).value
         rest = (ctypes.c_uint64 * 3).from_address(address + 48)
         assert list(rest) == [0, 0, 0], "extra, kernel, context"
@@ -127,6 +150,7 @@ class Recorder(host.Driver):
     ) -> int:
         """The user's graph is number 999; its last node so far is what comes next to wait for."""
         assert stream.value == STREAM
+        status._obj.value = self.status
         self.last = (ctypes.c_void_p * 1)(self.captured[-1] if self.captured else 5)
         graph._obj.value, count._obj.value = 999, 1
         before._obj.contents = self.last
@@ -213,6 +237,22 @@ def training(name: str, T: int, size: int) -> Callable[[], object]:
     return train
 
 
+def check_graphs(recorder, prepared):
+    """Of every launch: its node waits for those of the same graph that it has to, and has priority if it is alone."""
+    graphs = prepared.ready[None].graphs
+    nodes = [iter([place for place, _ in graph.updates]) for graph in graphs]
+    place: dict[int, tuple[int, int]] = {}
+    number = 0
+    for i, one in enumerate(prepared.launches):
+        if one.grid:
+            place[i] = number, next(nodes[number])
+            own = {place[j][1] for j in one.after if place[j][0] == number}
+            assert recorder.before[place[i][1]] == own
+            assert recorder.priority.get(place[i][1]) == (-5 if one.alone else None)
+        number += bool(one.sums)
+    assert all(next(rest, None) is None for rest in nodes)
+
+
 @pytest.mark.parametrize(
     ("name", "T", "size", "choice", "graphs"),
     [
@@ -241,6 +281,8 @@ def test_the_driver_gets_what_triton_got(recorder, name, T, size, choice, graphs
         assert recorder.by_triton == first, "nothing more by Triton"
         assert not recorder.given
         assert recorder.graphs == graphs or graphs == 0
+    for entry in compiled._calls.values():
+        check_graphs(recorder, entry.prepared)
     if choice is not None:
         breaks = sum(
             bool(one.sums) for e in compiled._calls.values() for one in e.prepared.launches
@@ -294,6 +336,10 @@ def test_a_capture_gets_the_same_graphs(recorder, monkeypatch):
             assert len(recorder.captured) == graphs > 2
             assert recorder.graphs == graphs, "none launched"
         assert sorted(recorder.freed) == [("graph", made + 1 + i) for i in range(2 * graphs)]
+        recorder.status = 2
+        with pytest.raises(RuntimeError, match="capture of your CUDA graph was made invalid"):
+            recorder.call(train)
+        assert len(recorder.freed) == 2 * graphs + 1
 
 
 def test_calls_of_many_threads_do_not_mix(recorder):
@@ -328,6 +374,15 @@ def test_graphs_go_with_what_was_prepared(recorder):
     assert sorted(recorder.freed) == [
         ("executable", 101), ("executable", 102), ("graph", 1), ("graph", 2)
     ]  # fmt: skip
+
+
+def test_a_device_with_less_shared_memory_runs_kernels_as_they_are(recorder):
+    """Where it refuses half of what the first device has."""
+    recorder.refuses = True
+    train = training("linear_attention", 80, 16)
+    for _ in range(2):
+        recorder.call(train)
+    assert recorder.launched
 
 
 def test_an_error_of_the_driver_is_said_in_its_words_and_leaves_no_lock(recorder):

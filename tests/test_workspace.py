@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmoe_compiler.bench.plans import request_of
@@ -30,6 +30,7 @@ def together(a: Alive, b: Alive) -> bool:
     return any(set.intersection(*map(set, pair)) for pair in (kernels, depths))
 
 
+@settings(deadline=None)
 @given(values)
 def test_values_needed_together_do_not_overlap(drawn):
     sizes = [size for size, *_ in drawn]
@@ -47,6 +48,7 @@ def test_values_needed_together_do_not_overlap(drawn):
     assert most <= top <= sum(sizes)
 
 
+@settings(deadline=None)
 @given(values, st.lists(st.tuples(st.integers(0, 20), interval), max_size=3))
 def test_rooms_are_left_before_they_are_taken(drawn, rooms):
     sizes = [size for size, *_ in drawn]

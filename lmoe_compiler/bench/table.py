@@ -161,9 +161,9 @@ def time_per_kernel(cells: dict[Key, Row]) -> list[str]:
         limits = row.get("bounds", {})
         for direction, kernels in row.get("kernels", {}).items():
             total = sum(us for _, _, us in kernels) or 1.0
-            busy = f", {_number(row, f'{direction}_busy_us')} us with one running at least"
-            cell = f"{side} {op} {_shape(shape)} {direction}"
-            lines += ["", f"{cell}: {total:.0f} us in kernels{busy}", ""]
+            cell = f"{side} {op} {_shape(shape)} {direction}: {total:.0f} us in kernels"
+            busy = row.get(f"{direction}_busy_us", total)
+            lines += ["", f"{cell}, {busy:.0f} us with one running at least", ""]
             lines += markdown(
                 head,
                 [

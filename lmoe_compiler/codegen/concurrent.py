@@ -27,6 +27,22 @@ def depths(kernels: Sequence[Kernel]) -> list[int]:
     return found
 
 
+def accompanied(kernels: Sequence[Kernel]) -> set[str]:
+    """Names of kernels beside which another may run: neither has to wait for the other."""
+    behind: dict[str, set[str]] = {}
+    writers: dict[str, set[str]] = {}
+    for kernel in kernels:
+        needed = set[str]().union(*(writers.get(v.name, ()) for v in kernel.read))
+        behind[kernel.name] = needed.union(*(behind[name] for name in needed))
+        for value in kernel.written:
+            writers.setdefault(value.name, set()).add(kernel.name)
+    return {
+        one
+        for one, before in behind.items()
+        if any(one != x and x not in before and one not in behind[x] for x in behind)
+    }
+
+
 def longest_first(kernels: Sequence[Kernel]) -> list[Kernel]:
     """In an order in which they may run, of the same depth those first that scan whole sequences.
 
@@ -60,5 +76,10 @@ def waits(launches: Sequence[Sequence[Touch]]) -> list[tuple[int, ...]]:
         found.append(tuple(edges))
         behind.append(known)
         for touch in touches:
-            before.setdefault(touch.place, []).append((number, touch))
+            here = before.setdefault(touch.place, [])
+            if touch.written:
+                # What meets an older touch inside of this one meets this one, which waits for the older.
+                inside = lambda o: touch.first <= o.first and o.end <= touch.end  # noqa: B023, E731
+                here[:] = [(i, o) for i, o in here if i == number or not inside(o)]
+            here.append((number, touch))
     return found

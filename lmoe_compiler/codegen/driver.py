@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 INVALID_VALUE = 1
 MAX_DYNAMIC_SHARED, PRIORITY = 8, 8
 USE_NODE_PRIORITY, SET_CAPTURE_DEPENDENCIES = 8, 1
-"""Numbers of cuda.h: an error, attributes of a function and of a node, flags of two calls."""
+CAPTURING = 1
+"""Numbers of cuda.h: an error, attributes of a function and of a node, flags of two calls, a status."""
 _thread = local()
 
 
@@ -70,24 +71,26 @@ class Graph:
         # Of every kernel: its place in the graph, and the address of its Node.
         self.updates: list[tuple[int | None, int]] = []
 
-    def made(self) -> tuple[c_void_p, list[int | None]]:
-        """A graph of the driver's with the nodes as they are pointed now, and their places in it."""
-        graph, library = c_void_p(), driver()
+    def fill(self, graph: c_void_p) -> list[int | None]:
+        """Gives a graph of the driver's the nodes as they are pointed now: their places in it."""
+        library = driver()
         places: list[int | None] = []
-        check(library.cuGraphCreate(byref(graph), 0))
         for node, after, alone in zip(self.nodes, self.after, self.alone, strict=True):
             new, before = c_void_p(), (c_void_p * len(after))(*(places[i] for i in after))
             count = c_size_t(len(after))
             check(library.cuGraphAddKernelNode_v2(byref(new), graph, before, count, byref(node)))
             if alone:
-                check(library.cuGraphKernelNodeSetAttribute(new, PRIORITY, first()))
+                check(library.cuGraphKernelNodeSetAttribute(new, PRIORITY, highest_priority()))
             places.append(new.value)
-        return graph, places
+        return places
 
     def instantiate(self) -> None:
-        library, (graph, places) = driver(), self.made()
+        graph, executable, library = c_void_p(), c_void_p(), driver()
+        check(library.cuGraphCreate(byref(graph), 0))
         self.free_with_me(library.cuGraphDestroy, graph)
-        executable, flags = c_void_p(), c_uint64(USE_NODE_PRIORITY)
+        places = self.fill(graph)
+        # With this flag nodes have priorities of their own, and do not take the stream's.
+        flags = c_uint64(USE_NODE_PRIORITY if any(self.alone) else 0)
         check(library.cuGraphInstantiateWithFlags(byref(executable), graph, flags))
         self.free_with_me(library.cuGraphExecDestroy, executable)
         self.updates = list(zip(places, map(ctypes.addressof, self.nodes), strict=True))
@@ -111,19 +114,26 @@ class Graph:
 
     def capture(self, stream: int) -> None:
         """Into the graph that a stream is capturing: a node of that graph, which has this one in it."""
-        if self.nodes:
-            library, (graph, _) = driver(), self.made()
-            status, number, whole = ctypes.c_int(), c_uint64(), c_void_p()
-            before, count, node = ctypes.POINTER(c_void_p)(), c_size_t(), c_void_p()
+        if not self.nodes:
+            return
+        graph, library, on = c_void_p(), driver(), c_void_p(stream)
+        status, number, whole = ctypes.c_int(), c_uint64(), c_void_p()
+        before, count, node = ctypes.POINTER(c_void_p)(), c_size_t(), c_void_p()
+        check(library.cuGraphCreate(byref(graph), 0))
+        try:
+            self.fill(graph)
             asked = (byref(x) for x in (status, number, whole, before, count))
-            try:
-                check(library.cuStreamGetCaptureInfo_v2(c_void_p(stream), *asked))
-                after = whole, before, count
-                check(library.cuGraphAddChildGraphNode(byref(node), *after, graph))
-                given = byref(node), c_size_t(1), c_uint(SET_CAPTURE_DEPENDENCIES)
-                check(library.cuStreamUpdateCaptureDependencies(c_void_p(stream), *given))
-            finally:
-                check(library.cuGraphDestroy(graph))
+            check(library.cuStreamGetCaptureInfo_v2(on, *asked))
+            if status.value != CAPTURING:
+                raise RuntimeError(
+                    "the capture of your CUDA graph was made invalid before this call of a recurrence: something"
+                    " captured earlier waits for the device, or uses a stream that is not captured"
+                )
+            check(library.cuGraphAddChildGraphNode(byref(node), whole, before, count, graph))
+            given = byref(node), c_size_t(1), c_uint(SET_CAPTURE_DEPENDENCIES)
+            check(library.cuStreamUpdateCaptureDependencies(on, *given))
+        finally:
+            library.cuGraphDestroy(graph)
 
 
 class Launches:
@@ -168,15 +178,17 @@ class Launches:
         self.parameters.append(parameters)
         warps, _, shared = compiled.packed_metadata[:3]
         if one.alone and shared < (half := device().shared // 2):
-            # Two programs that ask for half of an SM, and a kilobyte each that the driver takes, do not fit.
-            shared, function = half, c_void_p(compiled.function)
-            check(driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
+            # Two programs that ask for half of an SM, and a kilobyte each that the driver takes, do not fit. (A device
+            # may refuse: of several GPUs one may have less.)
+            function = c_void_p(compiled.function)
+            if not driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, half):
+                shared = half
         address = ctypes.addressof(parameters)
         return Node(compiled.function, one.grid, 1, 1, 32 * warps, 1, 1, shared, address)
 
 
-def first() -> Any:
-    """The value of a node's attribute: the highest priority."""
+def highest_priority() -> Any:
+    """As the value of a node's attribute."""
     least, most = ctypes.c_int(), ctypes.c_int()
     check(driver().cuCtxGetStreamPriorityRange(byref(least), byref(most)))
     return byref((ctypes.c_int * 16)(most.value))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from math import inf, prod
 from typing import Any
 
 import torch
 
-from lmoe_compiler.codegen.concurrent import Touch, depths, waits
+from lmoe_compiler.codegen.concurrent import Touch, accompanied, depths, waits
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.extent import Extent, programs, shape_of
 from lmoe_compiler.codegen.launcher import Launcher, interpreting
@@ -134,7 +135,9 @@ class Preparation:
     def memory(
         self, own: Sequence[Made], shared: Sequence[Made], where: Sequence[tuple[int, int]]
     ) -> dict[int, tuple[int, int, float]]:
-        """By slot: the tensor that it lies in, and its bytes there. The caller's tensors are only read."""
+        """By slot: the tensor that it lies in, and its bytes there. The caller's tensors are left out: only a step in
+        place writes them, which is one kernel.
+        """
         first = len(self.given)
         found: dict[int, tuple[int, int, float]] = {
             first + i: (first + i, 0, inf) for i in range(len(own))
@@ -194,6 +197,13 @@ class Preparation:
             found[one.out.name] = place[one.result.name] if goes else turns[turn]
         return found
 
+    @cached_property
+    def accompanied(self) -> set[str]:
+        """Kernels beside which others may run, of their section or of the next."""
+        kernels = self.plan.kernels
+        both = self.plan.choice.overlap and self.plan.passed
+        return {k.name for k in kernels} if both else accompanied(kernels)
+
     def launches(
         self, extent: Extent, section: tuple[int, int], place: Mapping[str, int]
     ) -> Iterator[Launch]:
@@ -222,7 +232,9 @@ class Preparation:
             sums = [self.sum(v, kernel, extent, within, place) for v in left if v.parts]
             # Parts without rows have a sum all the same: no rows.
             if grid or sums:
-                alone = kernel.order in SCANS and not kernel.span and grid <= device().sms
+                whole = kernel.order in SCANS and not kernel.span
+                few = grid <= device().sms
+                alone = whole and few and kernel.name in self.accompanied
                 yield Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(sums), alone)
 
     def sum(

@@ -49,7 +49,8 @@ class Launch:
     """One kernel of a call, not launched where its grid is empty.
 
     Arguments: slots (inputs, own tensors, the workspace, sums), then lengths. It waits for the launches `after`, by
-    their places among those of the call, and with them for those that they wait for.
+    their places among those of the call, and with them for those that they wait for. `alone`: its few programs scan
+    for long beside other kernels, and take longer where two of them share an SM.
     """
 
     launcher: Launcher
@@ -66,8 +67,9 @@ class Prepared:
     """What calls of one extent have in common. The workspace begins with what has to be zero.
 
     `places` of the shared values: the slot of a result, or WORKSPACE, and bytes from its start. `bytes` are the
-    workspace's. `totals` are the slots of the parts of sums. `ready` are the launches of devices on which every kernel
-    has run, None where only Triton can launch them.
+    workspace's. `totals` are the slots of parts that are added up; their totals have the slots after all others, in
+    this order. `ready` are the launches of devices on which every kernel has run, None where only Triton can launch
+    them.
     """
 
     own: tuple[Made, ...]

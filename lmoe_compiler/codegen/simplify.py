@@ -103,10 +103,10 @@ def merge_running(build: Maker, root: Node, loaded: Container[Node] = ()) -> Nod
 
 
 def merge_levels(build: Maker, root: Node, loaded: Container[Node] = ()) -> Node:
-    """A sum of sums over levels as one, which gathers once for each kind of gather in them."""
+    """A sum of sums over levels of the same vectors as one, which gathers once for each kind of gather in them."""
     terms = _terms(root, 1, loaded)
     levels = [(s, x) for s, x in terms if x.op == "level_sum" and x not in loaded]
-    if len(levels) < 2:
+    if len(levels) < 2 or len({frozenset(x.axes) for _, x in levels}) > 1:
         return root
     inside = [t for s, x in levels for t in _terms(x.args[0], s, loaded)]
     gathers: dict[tuple[object, ...], list[tuple[int, Node]]] = {}
