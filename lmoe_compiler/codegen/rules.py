@@ -76,7 +76,8 @@ spans                          as many as just fill the SMs at 2 blocks each; on
                                127), simple GLA 59 + 159 (71 + 176), GLA 81 + 267 (96 + 282)
 spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs.
                                Scalar decays are cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86
-                               (whole 134)
+                               (whole 134). Whole in 3 stages, timed but not compared with float64, so not done: linear
+                               attention 47 (17 + 52), simple GLA 62 (21 + 50)
 states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 linear
                                attention 337 us, 180 MiB against 292, 264; KDA 977, 418 against 947, 645; delta rule
                                660, 256 against 595, 569
