@@ -116,9 +116,9 @@ class Recorder(host.Driver):
         function, *sizes = self.words(address)
         grid, threads, shared = tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
         kernel = self.kernels[function]
-        alone = kernel.name == "adjoint" and not kernel.span and not self.refuses
-        assert shared == (HALF if alone else function)
-        assert self.most_shared.get(function) == (HALF if alone else None)
+        apart = kernel.name == "adjoint" and not kernel.span and not self.refuses
+        assert shared == (HALF if apart else function)
+        assert self.most_shared.get(function) == (HALF if apart else None)
         pointers = ctypes.c_uint64.from_address(address + 40).value
         rest = (ctypes.c_uint64 * 3).from_address(address + 48)
         assert list(rest) == [0, 0, 0], "extra, kernel, context"
@@ -238,7 +238,7 @@ def training(name: str, T: int, size: int) -> Callable[[], object]:
 
 
 def check_graphs(recorder, prepared):
-    """Of every launch: its node waits for those of the same graph that it has to, and has priority if it is alone."""
+    """Of every launch: its node waits for those of the same graph that it has to, and has priority if it is apart."""
     graphs = prepared.ready[None].graphs
     nodes = [iter([place for place, _ in graph.updates]) for graph in graphs]
     place: dict[int, tuple[int, int]] = {}
@@ -248,7 +248,7 @@ def check_graphs(recorder, prepared):
             place[i] = number, next(nodes[number])
             own = {place[j][1] for j in one.after if place[j][0] == number}
             assert recorder.before[place[i][1]] == own
-            assert recorder.priority.get(place[i][1]) == (-5 if one.alone else None)
+            assert recorder.priority.get(place[i][1]) == (-5 if one.apart else None)
         number += bool(one.sums)
     assert all(next(rest, None) is None for rest in nodes)
 

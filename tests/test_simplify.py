@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.simplify import merge_levels, merge_running, with_sums
+from lmoe_compiler.codegen.simplify import merge_levels, merge_running, merge_sums
 from lmoe_compiler.codegen.tile import Builder
 from lmoe_compiler.ir.nodes import Node, input_, topological
 
@@ -99,6 +99,6 @@ def test_loaded_values_stay_terms_of_their_own():
     own, loaded = (build.make("level_sum", x) for x in LEAVES[:2])
     total = build.make("add", own, loaded)
     cut = {loaded: loaded}
-    (found,) = with_sums(build, [total], closure([total], cut), cut, merge_levels)
+    (found,) = merge_sums(build, [total], closure([total], cut), cut, merge_levels)
     kept = [n for n in topological([found]) if n.op == "level_sum"]
     assert set(kept) == {own, loaded}

@@ -79,7 +79,10 @@ def waits(launches: Sequence[Sequence[Touch]]) -> list[tuple[int, ...]]:
             here = before.setdefault(touch.place, [])
             if touch.written:
                 # What meets an older touch inside of this one meets this one, which waits for the older.
-                inside = lambda o: touch.first <= o.first and o.end <= touch.end  # noqa: B023, E731
-                here[:] = [(i, o) for i, o in here if i == number or not inside(o)]
+                here[:] = [
+                    (i, other)
+                    for i, other in here
+                    if i == number or other.first < touch.first or touch.end < other.end
+                ]
             here.append((number, touch))
     return found

@@ -56,7 +56,7 @@ class Node(ctypes.Structure):
 class Graph:
     """Kernels, each with the places of those `after` which it runs; else they run side by side.
 
-    alone     kernels whose programs get SMs before those of others do
+    apart     kernels whose programs get SMs before those of others do, and share none with one another
     sums      to be added up when all have run
 
     Launches of one graph run one after another, on whatever streams.
@@ -65,7 +65,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.after: list[list[int]] = []
-        self.alone: list[bool] = []
+        self.apart: list[bool] = []
         self.sums: Sequence[Sum] = ()
         self.executable: int | None = None
         # Of every kernel: its place in the graph, and the address of its Node.
@@ -75,11 +75,11 @@ class Graph:
         """Gives a graph of the driver's the nodes as they are pointed now: their places in it."""
         library = driver()
         places: list[int | None] = []
-        for node, after, alone in zip(self.nodes, self.after, self.alone, strict=True):
+        for node, after, apart in zip(self.nodes, self.after, self.apart, strict=True):
             new, before = c_void_p(), (c_void_p * len(after))(*(places[i] for i in after))
             count = c_size_t(len(after))
             check(library.cuGraphAddKernelNode_v2(byref(new), graph, before, count, byref(node)))
-            if alone:
+            if apart:
                 check(library.cuGraphKernelNodeSetAttribute(new, PRIORITY, highest_priority()))
             places.append(new.value)
         return places
@@ -90,7 +90,7 @@ class Graph:
         self.free_with_me(library.cuGraphDestroy, graph)
         places = self.fill(graph)
         # With this flag nodes have priorities of their own, and do not take the stream's.
-        flags = c_uint64(USE_NODE_PRIORITY if any(self.alone) else 0)
+        flags = c_uint64(USE_NODE_PRIORITY if any(self.apart) else 0)
         check(library.cuGraphInstantiateWithFlags(byref(executable), graph, flags))
         self.free_with_me(library.cuGraphExecDestroy, executable)
         self.updates = list(zip(places, map(ctypes.addressof, self.nodes), strict=True))
@@ -166,7 +166,7 @@ class Launches:
                 found[number] = len(graph.nodes)
                 graph.nodes.append(self.node(compiled, one, places))
                 graph.after.append([found[i] for i in one.after if i in found])
-                graph.alone.append(one.alone)
+                graph.apart.append(one.apart)
             if one.sums:
                 graph.sums = one.sums
                 self.graphs.append(Graph())
@@ -177,7 +177,7 @@ class Launches:
         parameters = (c_void_p * len(places))(*(start + size * i for i in places))
         self.parameters.append(parameters)
         warps, _, shared = compiled.packed_metadata[:3]
-        if one.alone and shared < (half := device().shared // 2):
+        if one.apart and shared < (half := device().shared // 2):
             # Two programs that ask for half of an SM, and a kilobyte each that the driver takes, do not fit. (A device
             # may refuse: of several GPUs one may have less.)
             function = c_void_p(compiled.function)

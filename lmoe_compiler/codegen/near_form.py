@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from lmoe_compiler.codegen.plan import Store, Value
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.simplify import merge_running, with_sums
+from lmoe_compiler.codegen.simplify import merge_running, merge_sums
 from lmoe_compiler.codegen.tile import Builder
 from lmoe_compiler.ir.nodes import ROW, Node
 
@@ -36,7 +36,7 @@ def near_form(stores: Sequence[Store], cut: Mapping[Node, Value], exact: bool) -
         done[node] = loaded.get(new, new)
     roots = [done[s.node] for s in stores]
     if not exact:
-        roots = with_sums(build, roots, closure(roots, loaded), loaded, merge_running)
+        roots = merge_sums(build, roots, closure(roots, loaded), loaded, merge_running)
     # What tells whether a chunk is near has to be there.
     running = {n.args[0] for n in closure(roots, loaded) if is_running(n)}
     assert running >= {done[n.args[0]] for n in nodes if n.op == "level_sums" and n not in cut}

@@ -29,7 +29,7 @@ from lmoe_compiler.codegen.plan import (
     padded,
 )
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.simplify import merge_levels, with_sums
+from lmoe_compiler.codegen.simplify import merge_levels, merge_sums
 from lmoe_compiler.codegen.spans import span_carries
 from lmoe_compiler.codegen.tile import Builder, inside_levels
 from lmoe_compiler.codegen.tiling import split
@@ -53,7 +53,7 @@ def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list
 def _levels_merged(stores: Sequence[Store], cut: Mapping[Node, Value]) -> tuple[Store, ...]:
     """The same values with each sum of sums over levels as one."""
     roots, loaded = [s.node for s in stores], {n: n for n in cut}
-    found = with_sums(Builder(), roots, closure(roots, cut), loaded, merge_levels)
+    found = merge_sums(Builder(), roots, closure(roots, cut), loaded, merge_levels)
     return tuple([replace(s, node=root) for s, root in zip(stores, found, strict=True)])
 
 

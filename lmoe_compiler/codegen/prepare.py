@@ -198,7 +198,7 @@ class Preparation:
         return found
 
     @cached_property
-    def accompanied(self) -> set[str]:
+    def in_company(self) -> set[str]:
         """Kernels beside which others may run, of their section or of the next."""
         kernels = self.plan.kernels
         both = self.plan.choice.overlap and self.plan.passed
@@ -234,8 +234,8 @@ class Preparation:
             if grid or sums:
                 whole = kernel.order in SCANS and not kernel.span
                 few = grid <= device().sms
-                alone = whole and few and kernel.name in self.accompanied
-                yield Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(sums), alone)
+                apart = whole and few and kernel.name in self.in_company
+                yield Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(sums), apart)
 
     def sum(
         self, value: Value, kernel: Kernel, extent: Extent, within: Extent, place: Mapping[str, int]

@@ -49,7 +49,7 @@ class Launch:
     """One kernel of a call, not launched where its grid is empty.
 
     Arguments: slots (inputs, own tensors, the workspace, sums), then lengths. It waits for the launches `after`, by
-    their places among those of the call, and with them for those that they wait for. `alone`: its few programs scan
+    their places among those of the call, and with them for those that they wait for. `apart`: its few programs scan
     for long beside other kernels, and take longer where two of them share an SM.
     """
 
@@ -58,7 +58,7 @@ class Launch:
     slots: tuple[int, ...]
     lengths: tuple[int, ...]
     sums: tuple[Sum, ...]
-    alone: bool = False
+    apart: bool = False
     after: tuple[int, ...] = ()
 
 

@@ -124,7 +124,7 @@ def merge_levels(build: Maker, root: Node, loaded: Container[Node] = ()) -> Node
     return _signed(build, [(1, merged), *(t for t in terms if t not in levels)])
 
 
-def with_sums(
+def merge_sums(
     build: Maker,
     roots: Iterable[Node],
     nodes: Iterable[Node],
