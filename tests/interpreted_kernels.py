@@ -59,7 +59,8 @@ PLANS = {
         overlap=True,
         kernels=(("products", Tuning(block=16)),),
     ),
-    "fused": replace(PREPARED, fused=True),
+    "recomputed": replace(PREPARED, recompute=True),
+    "recomputed in spans": replace(WHOLE, recompute=True, span=32),
 }
 
 

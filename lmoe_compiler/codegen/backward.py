@@ -6,15 +6,19 @@
   adjoint    walks backward, carries d.S; stores d.S at each chunk's exit and the solves' results that depend on it
   products   if chosen: all contractions over the values' axis, so that the next kernel has keys and pairs only
   gradients  parallel over chunks: both carried values are loads, so nothing is ordered and all axes are whole
-With `choice.fused` the last two are one reverse scan. With `choice.section` all of it runs section by section, from the
-last to the first, so that states of one section are in memory at a time.
+With `choice.section` all of it runs section by section, from the last to the first, so that states of one section are
+in memory at a time. With `choice.recompute` gradients that need one of the carried values only are written by scans
+of their own, in tiles of keys, and nothing is stored for them (gradient_scans.py):
+
+    [prepare]  ->  states_keys         [adjoint_spans]  ->  adjoint, adjoint_keys
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
+from lmoe_compiler.codegen.gradient_scans import Scan, shared_out
 from lmoe_compiler.codegen.partition import (
     Partition,
     dependences,
@@ -37,13 +41,12 @@ from lmoe_compiler.codegen.products import contracted_values
 from lmoe_compiler.codegen.reach import closure
 from lmoe_compiler.codegen.solve_form import solve_form
 from lmoe_compiler.codegen.tile import to_tiles
-from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program, Var
 from lmoe_compiler.lower.program import ChunkAdjoint, gradient_name
 
 
 def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
-    """prepare, states, adjoint, gradients (the last two fused if chosen)."""
+    """prepare, states, adjoint, products, gradients: as chosen."""
     choice = replace(choice, section=0) if call.varlen else choice
     forward, program = adjoint.forward, adjoint.forward.program
     count = len(program.inputs)
@@ -66,11 +69,16 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     leaves = named(nodes)
     part = Partition(program, choice, call)
     if choice.prepare:
-        part.prepare(nodes, states | adjoints | {gradient_name(OUTPUT)})
+        later = set() if choice.recompute else {gradient_name(OUTPUT)}
+        part.prepare(nodes, states | adjoints | later)
 
-    needed = closure([*grads, *(before if choice.fused else [])])
     depends = dependences(nodes, states | adjoints)
-    solves = _solves([n for n in needed if depends[n]])
+    solves = _solves([n for n in closure(grads) if depends[n]])
+    solved_states = _results([n for n in solves if not depends[n] & adjoints], "y")
+    solved_adjoints = _results([n for n in solves if depends[n] & adjoints], "dy")
+    outputs = [
+        _gradient(program, var, grad) for var, grad in zip(program.inputs, grads, strict=True)
+    ]
 
     def carried(
         var: Var, leaf: str, following: Node, start: Value | None, end: Value | None
@@ -79,20 +87,11 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         return Carry(node, following, var.axes, start, end)
 
     kept = kept_states(program)
-    carries = [
+    forward_scan = [
         carried(var, var.name, node, start, None)
         for var, node, start in zip(program.states, after, kept, strict=True)
     ]
-    entries = [
-        Store(c.leaf, state_value(f"{var.name}_entry", var, "chunk"))
-        for var, c in zip(program.states, carries, strict=True)
-        if c.leaf in needed
-    ]
-    results = [n for n in solves if not depends[n] & adjoints]
-    if entries or results:
-        part.add("states", "forward", carries, [*entries, *_results(results, "y")], kept[0].span)
-
-    backward = [
+    reverse_scan = [
         carried(
             var,
             gradient_name(var),
@@ -103,60 +102,49 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
         for var, node, given in zip(program.states, before, call.has_final_gradient, strict=True)
     ]
     if choice.section:
-        backward = part.passing(backward)
-    outputs = [
-        _gradient(program, var, grad) for var, grad in zip(program.inputs, grads, strict=True)
-    ]
-    if choice.fused:
-        part.add("gradients", "reverse", backward, outputs)
-        return part.plan("backward")
-    early = [s for s in outputs if _fits_scan(s, backward, {**part.stored}, depends, states)]
-    exits = [
-        Store(c.leaf, state_value(f"d{var.name}_exit", var, "chunk"))
-        for var, c in zip(program.states, backward, strict=True)
+        reverse_scan = part.passing(reverse_scan)
+
+    solved = {**part.stored, **{s.node: s.value for s in solved_states}}
+    by_values = Scan(reverse_scan, -1, states)
+    by_keys = {
+        "states_keys": Scan(forward_scan, 0, adjoints),
+        "adjoint_keys": Scan(reverse_scan, 0, states),
+    }
+    scans = [by_values, *(by_keys.values() if choice.recompute else ())]
+    late = shared_out(outputs, scans, solved, depends)
+    needed = closure([s.node for s in late])
+    entries = [
+        Store(c.leaf, state_value(f"{var.name}_entry", var, "chunk"))
+        for var, c in zip(program.states, forward_scan, strict=True)
         if c.leaf in needed
     ]
-    results = [n for n in solves if depends[n] & adjoints]
-    backward = part.spans("adjoint_spans", "reverse", backward)
-    part.add(
-        "adjoint",
-        "reverse",
-        backward,
-        [*exits, *_results(results, "dy"), *early],
-        part.span(backward),
-    )
-    late = [s for s in outputs if s not in early]
-    if choice.products:
-        stores = contracted_values([s.node for s in late], part.stored, value_axes(program))
-        part.add("products", "parallel", (), stores)
-    part.add("gradients", "parallel", (), late)
+    if entries or solved_states:
+        part.add("states", "forward", forward_scan, [*entries, *solved_states], kept[0].span)
+    if stores := by_keys["states_keys"].stores:
+        part.add("states_keys", "forward", forward_scan, stores, kept[0].span)
+    exits = [
+        Store(c.leaf, state_value(f"d{var.name}_exit", var, "chunk"))
+        for var, c in zip(program.states, reverse_scan, strict=True)
+        if c.leaf in needed
+    ]
+    reverse_scan = part.spans("adjoint_spans", "reverse", reverse_scan)
+    span, of_keys = part.span(reverse_scan), by_keys["adjoint_keys"].stores
+    stores = [*exits, *solved_adjoints, *by_values.stores]
+    if stores or not of_keys:
+        part.add("adjoint", "reverse", reverse_scan, stores, span)
+        reverse_scan = [replace(carry, end=None) for carry in reverse_scan]
+    if of_keys:
+        part.add("adjoint_keys", "reverse", reverse_scan, of_keys, span)
+    if choice.products and late:
+        contracted = contracted_values([s.node for s in late], part.stored, value_axes(program))
+        part.add("products", "parallel", (), contracted)
+    if late:
+        part.add("gradients", "parallel", (), late)
     return part.plan("backward")
 
 
 def _gradient_of_state(var: Var, at: str) -> Value:
     return Value(f"d{var.name}_{at}", var.axes, "sequence", "fp32")
-
-
-def _fits_scan(
-    store: Store,
-    carries: Sequence[Carry],
-    stored: Mapping[Node, Value],
-    depends: Mapping[Node, frozenset[str]],
-    states: frozenset[str],
-) -> bool:
-    """Whether the adjoint scan can write this gradient: no forward state, and tiled as the carried values are."""
-    if depends[store.node] & states:
-        return False
-    axes = [carry.axes[-1] for carry in carries if carry.axes]
-    scan = closure([carry.following for carry in carries], stored)
-    axes = [a for a in axes if (found := split(scan, a, stored)) and "part" not in found.values()]
-    own = closure([store.node], stored)
-    return bool(axes) and all(
-        axis in store.value.axes
-        and (found := split(own, axis, stored))
-        and "part" not in found.values()
-        for axis in axes
-    )
 
 
 def _solves(nodes: Sequence[Node]) -> list[Node]:

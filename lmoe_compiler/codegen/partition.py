@@ -205,6 +205,8 @@ class Partition:
         """
         depends = dependences(nodes, carried)
         levels, values = inside_levels(nodes), set(value_axes(self.program))
+        if self.choice.recompute:
+            values |= {a for var in self.program.states for a in var.axes}
         factors: dict[Node, Value] = {}
         direct = _meets_loads(nodes)
         for node in nodes:

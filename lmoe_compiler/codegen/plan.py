@@ -47,7 +47,7 @@ class Choice:
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
     products   backward only: contractions over the values' axis in a kernel of their own
-    fused      backward only: gradients inside the reverse scan (True) or in a kernel parallel over chunks
+    recompute  backward only: gradients that need one carried value only are written by scans that carry it again
     kernels    tuning by kernel name; `default` for the others
     """
 
@@ -58,7 +58,7 @@ class Choice:
     prepare: bool = False
     prepare_rows: bool = False
     products: bool = False
-    fused: bool = False
+    recompute: bool = False
     default: Tuning = Tuning()
     kernels: tuple[tuple[str, Tuning], ...] = ()
 

@@ -125,6 +125,11 @@ class Kind:
     wide: bool
     narrow: bool
 
+    @property
+    def still(self) -> bool:
+        """A state changes by what is written only."""
+        return not (self.solves or self.vector or self.scalar)
+
     @classmethod
     def of(cls, program: Program, call: Call) -> Kind:
         steps = [item for item in program.body if isinstance(item, Step)]
@@ -147,11 +152,13 @@ class Kind:
 class Load:
     """How full a scan leaves the device.
 
-    few      with tiles of 64 values, and not cut into spans, there are fewer programs than SMs
+    cut      sequences are cut into spans
+    few      with tiles of 64 values, and not cut, there are fewer programs than SMs
     fewest   the same with tiles of 16 values
     alone    with tiles of 64 values and its spans there is about one program on each SM at most
     """
 
+    cut: bool
     few: bool
     fewest: bool
     alone: bool
@@ -161,22 +168,27 @@ class Load:
         whole, least = (_programs(call, batch, tile) for tile in (64, 16))
         parts = -(-length // span) if span else 1
         sms = device().sms
-        return cls(not _fills(whole), least <= sms, whole * parts <= 1.1 * sms)
+        return cls(parts > 1, not _fills(whole), least <= sms, whole * parts <= 1.1 * sms)
 
 
 def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
     """The choice for a scan in chunks."""
     kind, backward = Kind.of(program, call), direction == "backward"
     chunk = _chunk(kind, call, backward)
-    section = _section(program, kind, call, batch, length, chunk) if backward else 0
+    # Gradients by scans of their own: each needs one carried value only, and decays take too many registers there.
+    recompute = backward and kind.still and not (kind.normalised or call.exact)
+    section = 0
+    if backward and not recompute:
+        section = _section(program, kind, call, batch, length, chunk)
     overlap = _overlaps(kind, call, batch, section)
     section = -(-section // 2 // KEPT_SPAN) * KEPT_SPAN if overlap else section
     span = 0 if kind.solves else _span(kind, call, batch, section or length)
-    if call.dtype == "fp32":
+    if call.exact:
         choice = _full_precision(kind, backward, chunk)
     else:
         load = Load.of(call, batch, section or length, span)
         choice = _half_precision(kind, backward, chunk, load)
+        choice = _recomputing(choice, kind, load) if recompute else choice
     return replace(choice, section=section, overlap=overlap, span=span)
 
 
@@ -208,6 +220,17 @@ def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choic
             ("gradients", _gradients(kind)),
         ),
     )
+
+
+def _recomputing(choice: Choice, kind: Kind, load: Load) -> Choice:
+    """With gradients written by scans of their own."""
+    forward = Tuning(128, 0, 8, 3) if kind.wide else Tuning(64, 0, 4, 3 if kind.narrow else 2)
+    reverse = replace(forward, num_stages=3 if load.alone else forward.num_stages)
+    kernels = dict(choice.kernels)
+    kernels |= {"states_keys": forward, "adjoint": reverse, "adjoint_keys": reverse}
+    if kind.wide:
+        kernels["prepare"] = Tuning(0, 0, 4, 2, inner=64)
+    return replace(choice, recompute=True, kernels=tuple(kernels.items()))
 
 
 def _prepare(kind: Kind, chunk: int) -> Tuning:
@@ -242,8 +265,8 @@ def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tun
     elif small:
         scan = replace(scan, block=32)
         adjoint = adjoint if scalar else replace(adjoint, block=32, num_stages=4)
-    elif load.alone and not (vector or scalar):
-        scan, adjoint = replace(scan, num_stages=3), replace(adjoint, num_stages=3)
+    elif (load.alone and not vector) or (kind.still and not load.cut):
+        scan = replace(scan, num_stages=3)
     return scan, states, adjoint
 
 
@@ -366,8 +389,8 @@ def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
     They have 1024 at least, or 512 where there are four of them at least (not timed in fp32).
     """
     programs = _programs(call, batch, 64)
-    alone = kind.vector and _fills(programs)
-    spans = 1 if alone else min(2 * device().sms // programs, length // 512)
+    whole = _fills(programs) and (kind.vector or not call.exact)
+    spans = 1 if whole else min(2 * device().sms // programs, length // 512)
     if spans < 4 or call.exact:
         spans = min(spans, length // 1024)
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0
