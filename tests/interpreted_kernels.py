@@ -124,17 +124,11 @@ def test_every_plan(name, plan, monkeypatch):
 def latest_first(prepared: Prepared) -> Prepared:
     """The launches in another order that their graph allows: of those that may run always the last."""
     order: list[int] = []
-    begin = 0
-    for end, one in enumerate(prepared.launches):
-        if one.sums or end == len(prepared.launches) - 1:
-            left = list(range(begin, end + 1))
-            while left:
-                free = [i for i in left if not set(prepared.launches[i].after) & set(left)]
-                # What is added up, is when all has run.
-                free = [i for i in free if i != end] or free
-                order.append(free[-1])
-                left.remove(free[-1])
-            begin = end + 1
+    left = list(range(len(prepared.launches)))
+    while left:
+        free = [i for i in left if not set(prepared.launches[i].after) & set(left)]
+        order.append(free[-1])
+        left.remove(free[-1])
     return replace(prepared, launches=tuple(prepared.launches[i] for i in order))
 
 
@@ -208,14 +202,41 @@ def test_loops_over_keys(name, monkeypatch):
     run.forget()
 
 
-@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
-def test_packed_documents_in_spans(name, monkeypatch):
-    """Every document has spans of its own, scanned side by side in both directions."""
-    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS["spans"])
+@pytest.mark.parametrize("name", ["linear_attention", "retention"])
+def test_gradients_by_scans_of_their_own(name, monkeypatch):
+    """Those that need one carried value only; of linear attention these are all, and nothing is stored of chunks."""
+    for plan in ("recomputed", "recomputed in spans"):
+        monkeypatch.setattr(tuned, "lookup", lambda *_, plan=plan: PLANS[plan])
+        monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+        run.forget()
+        check(BY_NAME[name], Sizes(B=2, T=70, H=1, K=40, V=20))
+        made = compiled._executables.values()
+        (backward,) = (e.plan for e in made if e.plan.direction == "backward")
+        names = [k.name for k in backward.kernels]
+        assert {"states_keys", "adjoint_keys"} <= set(names)
+        stored = [v for k in backward.kernels for v in k.written if v.per == "chunk"]
+        assert bool(stored) == (name != "linear_attention")
+    run.forget()
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("simple_gla", "spans"),
+        ("gla", "spans"),
+        ("gated_delta_rule", "spans"),
+        ("linear_attention", "recomputed in spans"),
+        ("retention", "products"),
+        ("gated_delta_rule", "products"),
+    ],
+)
+def test_packed_documents_by_other_plans(name, plan, monkeypatch):
+    """Every document has spans of its own, scanned side by side in both directions, and slots for its chunks."""
+    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
     monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     case, ends = BY_NAME[name], torch.tensor([0, 40, 40, 41, 120], dtype=torch.int32)
-    exact, rounded = single(Sizes(B=1, T=120, H=1, K=8, V=6), case)
+    exact, rounded = single(Sizes(B=1, T=120, H=1, K=8, V=20), case)
     starts = [x.repeat(4, *(1,) * (x.dim() - 1)) for x in exact[1]]
     kernels = case.recurrence.with_options(implementation="triton")
     assert_close(

@@ -36,7 +36,7 @@ def test_names_of_dims(keys, values, nonlinear):
 
 @pytest.mark.parametrize(("query", "key"), [("exp", "reach"), ("k", "k_total")])
 def test_names_of_inputs(query, key):
-    """Functions that kernels call, and what sums of parts are found by."""
+    """Functions that kernels call, and names of what they pass on."""
 
     source = (
         f"def step(S, {query}, {key}, value, g):\n"

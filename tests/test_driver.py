@@ -217,7 +217,6 @@ def recorder(monkeypatch) -> Iterator[Recorder]:
     with host.no_launches():
         monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
         monkeypatch.setattr(launch, "allocate", pooled("allocate", launch.allocate))
-        monkeypatch.setattr(launch, "added_up", pooled("sum", launch.added_up))
         monkeypatch.setattr(driver, "driver", lambda: found)
         monkeypatch.setattr(launcher.Launcher, "compile", compile_)
         yield found
@@ -237,34 +236,26 @@ def training(name: str, T: int, size: int) -> Callable[[], object]:
     return train
 
 
-def check_graphs(recorder, prepared):
-    """Of every launch: its node waits for those of the same graph that it has to, and has priority if it is apart."""
-    graphs = prepared.ready[None].graphs
-    nodes = [iter([place for place, _ in graph.updates]) for graph in graphs]
-    place: dict[int, tuple[int, int]] = {}
-    number = 0
-    for i, one in enumerate(prepared.launches):
-        if one.grid:
-            place[i] = number, next(nodes[number])
-            own = {place[j][1] for j in one.after if place[j][0] == number}
-            assert recorder.before[place[i][1]] == own
-            assert recorder.priority.get(place[i][1]) == (-5 if one.apart else None)
-        number += bool(one.sums)
-    assert all(next(rest, None) is None for rest in nodes)
+def check_graph(recorder, prepared):
+    """The node of every launch waits for those that it has to, and has priority if it is apart."""
+    places = [place for place, _ in prepared.ready[None].graph.updates]
+    for place, one in zip(places, prepared.launches, strict=True):
+        assert recorder.before[place] == {places[i] for i in one.after}
+        assert recorder.priority.get(place) == (-5 if one.apart else None)
 
 
 @pytest.mark.parametrize(
-    ("name", "T", "size", "choice", "graphs"),
+    ("name", "T", "size", "choice"),
     [
-        ("gated_delta_rule", 80, 16, None, 2),
-        ("gla", 80, 16, None, 2),
-        ("retention", 80, 16, None, 2),
-        ("gated_delta_rule", 1100, 64, SECTIONS, 0),
-        ("retention", 1100, 64, SECTIONS, 0),  # sums over tiles that later kernels read
+        ("gated_delta_rule", 80, 16, None),
+        ("gla", 80, 16, None),
+        ("retention", 80, 16, None),
+        ("gated_delta_rule", 1100, 64, SECTIONS),
+        ("retention", 1100, 64, SECTIONS),  # later kernels add up what tiles leave
     ],
 )
-def test_the_driver_gets_what_triton_got(recorder, name, T, size, choice, graphs):
-    """In order: grid, threads, shared memory, every address and length; sums are taken where they were."""
+def test_the_driver_gets_what_triton_got(recorder, name, T, size, choice):
+    """In order: grid, threads, shared memory, every address and length; a graph for each direction."""
     with tuned.forced("backward", choice) if choice else nullcontext():
         train = training(name, T, size)
         recorder.by_triton.clear()
@@ -280,15 +271,9 @@ def test_the_driver_gets_what_triton_got(recorder, name, T, size, choice, graphs
         assert recorder.launched == first
         assert recorder.by_triton == first, "nothing more by Triton"
         assert not recorder.given
-        assert recorder.graphs == graphs or graphs == 0
+        assert recorder.graphs == 2
     for entry in compiled._calls.values():
-        check_graphs(recorder, entry.prepared)
-    if choice is not None:
-        breaks = sum(
-            bool(one.sums) for e in compiled._calls.values() for one in e.prepared.launches
-        )
-        assert breaks > 1
-        assert recorder.graphs > 2
+        check_graph(recorder, entry.prepared)
 
 
 def test_unaligned_and_observed_calls_are_launched_by_triton(recorder, monkeypatch):
@@ -333,7 +318,7 @@ def test_a_capture_gets_the_same_graphs(recorder, monkeypatch):
             recorder.captured.clear()
             recorder.call(train)
             assert recorder.launched == wanted
-            assert len(recorder.captured) == graphs > 2
+            assert len(recorder.captured) == graphs == 2
             assert recorder.graphs == graphs, "none launched"
         assert sorted(recorder.freed) == [("graph", made + 1 + i) for i in range(2 * graphs)]
         recorder.status = 2

@@ -171,27 +171,25 @@ class Addresses:
     def values(self) -> Iterable[Value]:
         return (*self.kernel.written, *self.kernel.read)
 
-    def place(self, value: Value, name: str) -> tuple[str, str, tuple[str, ...]]:
+    def place(
+        self, value: Value, name: str, part: int | None = None
+    ) -> tuple[str, str, tuple[str, ...]]:
+        """Pointers, mask and dimensions; of a value in parts those of one part, by default this program's."""
+        whole = value.whole and self.sectioned
         if value.per == "row":
             if value.parts:
-                (axis,) = self.kernel.tile_sizes
-                tokens = "TOKENS"
-                if value.whole and self.sectioned:
-                    tokens = "(TOKENS // T) * T_ALL"
-                name = f"{name} + i_{axis_name(axis)}.to(tl.int64) * {tokens} * (H * ({self.width(value.axes)}))"
+                tokens = "(TOKENS // T) * T_ALL" if whole else "TOKENS"
+                rows = f"{self.part(part)} * {tokens}"
+                name = f"{name} + {rows} * (H * ({self.width(value.axes)}))"
             return self.row_block(name, value.axes, "H", "i_h", value.whole)
         if value.per == "vector":
             row, mask = self.at
             return f"{name} + i_h.to(tl.int64) * TOKENS + {row} + o_t", mask, (ROW,)
-        slot, whole = self.slot, value.whole and self.sectioned
+        slot = self.slot
         if whole and value.per == "chunk":
             slot = "(i_n.to(tl.int64) * tl.cdiv(T_ALL, C) + T_0 // C + i_c)"
         if value.parts:
-            (axis,) = (axis_name(a) for a in self.kernel.tile_sizes)
-            programs = "PROGRAMS" if self.kernel.levels == "far" else "tl.num_programs(0)"
-            slots = f"({programs} // (H * tl.cdiv({axis}, B{axis})))"
-            slots = f"{slots} // n_c * tl.cdiv(T_ALL, C)" if whole else slots
-            slot = f"(i_{axis}.to(tl.int64) * {slots} + {slot})"
+            slot = f"({self.part(part)} * {self.slots(whole)} + {slot})"
         index = {
             "chunk": f"({slot} * H + i_h)",
             "sequence": "(i_n.to(tl.int64) * H + i_h)",
@@ -199,6 +197,19 @@ class Addresses:
             "head": "i_h",
         }[value.per]
         return self.state_block(name, index, value.axes)
+
+    def part(self, number: int | None) -> str:
+        """A part's number: as given, or that of the tile which this program works on."""
+        if number is not None:
+            return f"tl.full([], {number}, tl.int64)"
+        (axis,) = self.kernel.tile_sizes
+        return f"i_{axis_name(axis)}.to(tl.int64)"
+
+    def slots(self, whole: bool) -> str:
+        """How many slots the chunks of all sequences have."""
+        if self.plan.varlen:
+            return "(TOKENS // C + N)"
+        return f"(TOKENS // T * tl.cdiv({'T_ALL' if whole else 'T'}, C))"
 
     def first_slot(self, value: Value) -> str:
         """The first slot of this sequence (and section) among all sequences' spans."""
@@ -224,8 +235,10 @@ class Addresses:
     def load(self, value: Value, other: float = 0.0) -> Block:
         name = identifier(value.name)
         self.args[name] = value
-        pointers, mask, dims = self.place(value, name)
-        return self.assign(name, self.load_text(pointers, mask, other), dims, "raw")
+        places = [self.place(value, name, part) for part in range(value.parts)]
+        *_, (_, _, dims) = places = places or [self.place(value, name)]
+        texts = [self.load_text(pointers, mask, other) for pointers, mask, _ in places]
+        return self.assign(name, " + ".join(texts), dims, "raw")
 
     def input(self, node: Node) -> Block:
         if node.name == VALID:

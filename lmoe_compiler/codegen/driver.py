@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lmoe_compiler.codegen.cost import device
 
 if TYPE_CHECKING:
-    from lmoe_compiler.codegen.prepared import Launch, Sum
+    from lmoe_compiler.codegen.prepared import Launch
 
 INVALID_VALUE = 1
 MAX_DYNAMIC_SHARED, PRIORITY = 8, 8
@@ -57,16 +57,14 @@ class Graph:
     """Kernels, each with the places of those `after` which it runs; else they run side by side.
 
     apart     kernels whose programs get SMs before those of others do, and share none with one another
-    sums      to be added up when all have run
 
     Launches of one graph run one after another, on whatever streams.
     """
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
-        self.after: list[list[int]] = []
+        self.after: list[Sequence[int]] = []
         self.apart: list[bool] = []
-        self.sums: Sequence[Sum] = ()
         self.executable: int | None = None
         # Of every kernel: its place in the graph, and the address of its Node.
         self.updates: list[tuple[int | None, int]] = []
@@ -139,9 +137,9 @@ class Graph:
 class Launches:
     """What launches calls of one extent on one device.
 
-    kernels   of each launch: the compiled kernel (None for an empty grid), and what it is given (prepared.Launch)
+    kernels   of each launch: the compiled kernel, and what it is given (prepared.Launch)
     slots     how many addresses a call has; `fill(values, 0, *addresses)` writes them into the array
-    lock      is held from then to the last launch, which copies what it is given: calls share the array
+    lock      is held from then to the launch, which copies what it is given: calls share the array
     """
 
     def __init__(self, kernels: Sequence[tuple[Any, Launch]], slots: int) -> None:
@@ -154,23 +152,14 @@ class Launches:
         self.fill = struct.Struct(f"={slots}Q").pack_into
         self.lock = Lock()
         self.parameters: list[ctypes.Array[c_void_p]] = []
-        self.graphs = [Graph()]
-        # Of every launch that is in the last graph: its place there.
-        found: dict[int, int] = {}
+        self.graph = Graph()
         at = slots
-        for number, (compiled, one) in enumerate(kernels):
-            graph = self.graphs[-1]
+        for compiled, one in kernels:
             places = [*one.slots, *range(at, at + len(one.lengths)), end, end + 1]
             at += len(one.lengths)
-            if compiled is not None and one.grid:
-                found[number] = len(graph.nodes)
-                graph.nodes.append(self.node(compiled, one, places))
-                graph.after.append([found[i] for i in one.after if i in found])
-                graph.apart.append(one.apart)
-            if one.sums:
-                graph.sums = one.sums
-                self.graphs.append(Graph())
-                found.clear()
+            self.graph.nodes.append(self.node(compiled, one, places))
+            self.graph.after.append(one.after)
+            self.graph.apart.append(one.apart)
 
     def node(self, compiled: Any, one: Launch, places: Sequence[int]) -> Node:
         start, size = ctypes.addressof(self.values), ctypes.sizeof(c_uint64)

@@ -24,7 +24,7 @@ from lmoe_compiler.codegen.load import load_module
 from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import Kernel, Plan
 from lmoe_compiler.codegen.prepare import Preparation
-from lmoe_compiler.codegen.prepared import Launch, Prepared, Sum
+from lmoe_compiler.codegen.prepared import Launch, Prepared
 from lmoe_compiler.codegen.triton import print_module
 from lmoe_compiler.codegen.workspace import WORKSPACE
 from lmoe_compiler.errors import FallbackWarning
@@ -40,11 +40,6 @@ def allocate(
 
 
 _empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-
-
-def added_up(parts: Tensor, one: Sum) -> Tensor:
-    """Of the first elements, as many as there are now: a shorter section leaves fewer."""
-    return parts.flatten()[: prod(one.shape)].view(one.shape).sum(0)
 
 
 def current_stream(device: int) -> int:
@@ -137,25 +132,20 @@ class Executable:
         values = [x.data_ptr() for x in tensors]
         bits = functools.reduce(operator.or_, values)
         index = device.index
-        totals: dict[int, Tensor] = {}
         launches = prepared.ready.get(index)
         if launches is None or bits & 15 or _observed():
-            self._through_jit(prepared, tensors, workspace, index, totals)
+            self._through_jit(prepared, tensors, workspace, index)
         else:
             if workspace is not None:
                 bases = [*values, workspace.data_ptr()]
                 values += [bases[slot] + at for slot, at in prepared.places]
-            values += [values[slot] for slot in prepared.totals]
             enter(index)
             stream, captured = current_stream(index), capturing(index)
             with launches.lock:
                 launches.fill(launches.values, 0, *values)
-                for graph in launches.graphs:
-                    graph.capture(stream) if captured else graph.launch(stream)
-                    for parts in graph.sums:
-                        totals[parts.total] = total = added_up(tensors[parts.slot], parts)
-                        launches.values[parts.total] = total.data_ptr()
-        return [totals[slot] if slot in totals else tensors[slot] for slot in prepared.results]
+                launches.graph.capture(stream) if captured else launches.graph.launch(stream)
+        sums = prepared.sums
+        return [tensors[i].sum(0) if i in sums else tensors[i] for i in prepared.results]
 
     def _through_jit(
         self,
@@ -163,7 +153,6 @@ class Executable:
         tensors: list[Tensor],
         workspace: Tensor | None,
         index: int | None,
-        totals: dict[int, Tensor],
     ) -> None:
         """The same by Triton, one after another: the first time, interpreted, for unaligned inputs, and for hooks."""
         values: list[Tensor] = list(tensors)
@@ -172,24 +161,20 @@ class Executable:
             assert room is not None
             size = prod(m.shape) * m.dtype.itemsize
             values.append(room[at : at + size].view(m.dtype).view(m.shape))
-        values += [tensors[slot] for slot in prepared.totals]
         aligned = prepared.narrow and all(x.data_ptr() % 16 == 0 for x in tensors)
 
         def arguments(one: Launch) -> list[Any]:
             return [*(values[slot] for slot in one.slots), *one.lengths]
 
-        launched = [one for one in prepared.launches if one.grid]
+        launched = prepared.launches
         if index not in prepared.ready and not interpreting():
             compile_together([(one.launcher, arguments(one)) for one in launched])
-        for one in prepared.launches:
-            if one.grid:
-                one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
-            for parts in one.sums:
-                totals[parts.total] = values[parts.total] = added_up(tensors[parts.slot], parts)
+        for one in launched:
+            one.launcher.compile(one.grid, arguments(one), index, keep=aligned)
         known = index in prepared.ready or not prepared.narrow
         if not known and all(index in one.launcher.compiled for one in launched):
-            kernels = [(one.launcher.compiled.get(index), one) for one in prepared.launches]
-            if all(launchable(compiled, one) for compiled, one in kernels if one.grid):
+            kernels = [(one.launcher.compiled[index], one) for one in launched]
+            if all(launchable(compiled, one) for compiled, one in kernels):
                 prepared.ready[index] = Launches(kernels, len(values))
             else:
                 _say_once()

@@ -122,9 +122,7 @@ class Partition:
         sums = [n for n in nodes if n.op == "level_sum" and n not in cut]
         alone = order != "parallel" or not sums
         self.kernels += [kernel] if alone else near_and_far(kernel, cut, self.call.exact)
-        # Parts are added up before the next kernel runs.
-        kept = [s for s in stores if s.node.op != "const"]
-        self.stored.update({s.node: replace(s.value, parts=0) for s in kept})
+        self.stored.update({s.node: s.value for s in stores if s.node.op != "const"})
 
     def tiles(
         self,

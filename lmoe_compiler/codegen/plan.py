@@ -79,7 +79,8 @@ class Value:
     per scratch   [programs, C, *blocks], a value per token of a chunk, of one program only
     per program   [programs], one number
 
-    With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it.
+    With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it: kernels
+    that read it add them up.
     A value of the `whole` call comes from the caller or goes to it; others are of one section where there are any.
     """
 

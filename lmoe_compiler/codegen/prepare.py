@@ -21,7 +21,7 @@ from lmoe_compiler.codegen.extent import Extent, programs, shape_of
 from lmoe_compiler.codegen.launcher import Launcher, interpreting
 from lmoe_compiler.codegen.names import identifier
 from lmoe_compiler.codegen.plan import FAR, SCANS, Kernel, Passed, Plan, Value
-from lmoe_compiler.codegen.prepared import Launch, Made, Prepared, Sum
+from lmoe_compiler.codegen.prepared import Launch, Made, Prepared
 from lmoe_compiler.codegen.workspace import WORKSPACE, Alive, places
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,9 +41,7 @@ class Preparation:
         sections = self.sections(extent)
         own, shared, where = self.laid_out(extent, sections)
         names = [*self.given, *(m.name for m in (*own, *shared))]
-        parts = [m.name for m in own if m.parts]
-        place = {name: i for i, name in enumerate([*names, *map(total_of, parts)])}
-        results = tuple(place.get(total_of(name), place[name]) for name in self.results)
+        place = {name: i for i, name in enumerate(names)}
         memory = self.memory(own, shared, where)
         launches: list[Launch] = []
         touches: list[list[Touch]] = []
@@ -51,29 +49,17 @@ class Preparation:
             here = self.places_of_section(place, number, last=number == len(sections) - 1)
             for one in self.launches(extent, section, here):
                 launches.append(one)
-                touches.append([*self.touches(one, memory, number)] if one.grid else [])
-        # Parts of a result are added up when all sections have left theirs, others in each section.
-        ends = {
-            x.total: i for i, one in enumerate(launches) for x in one.sums if x.total in results
-        }
+                touches.append([*self.touches(one, memory, number)])
         after = waits(touches)
-        launches = [
-            replace(
-                one,
-                sums=tuple(x for x in one.sums if ends.get(x.total, i) == i),
-                after=after[i],
-            )
-            for i, one in enumerate(launches)
-        ]
         return Prepared(
             tuple(own),
             tuple(shared),
             tuple(where),
             size_of(where, shared),
             sum(m.bytes for m in shared if m.zeros),
-            tuple(launches),
-            results,
-            tuple(place[name] for name in parts),
+            tuple([replace(one, after=after[i]) for i, one in enumerate(launches)]),
+            tuple([place[name] for name in self.results]),
+            frozenset(place[m.name] for m in own if m.parts),
             extent.batch * extent.length < 2**31,
         )
 
@@ -89,7 +75,7 @@ class Preparation:
                 made[identifier(value.name)] = self.made(value, within, kernel)
         for one in self.plan.passed:
             del made[one.out.name]
-        own = [m for m in made.values() if m.name in self.results or m.parts]
+        own = [m for m in made.values() if m.name in self.results]
         shared = sorted((m for m in made.values() if m not in own), key=lambda m: not m.zeros)
         where = self.places(own if len(sections) == 1 else (), shared)
         if self.plan.choice.overlap and len(sections) > 1:
@@ -171,7 +157,7 @@ class Preparation:
         # Packed documents leave slots of chunks unused, which are read or summed with the others.
         zeros = value.per == "chunk" and extent.varlen
         shape = shape_of(value, self.plan, extent, kernel)
-        return Made(name, shape, dtype, zeros, bool(value.parts))
+        return Made(name, shape, dtype, zeros, bool(value.parts) and name in self.results)
 
     def buffers(self, one: Passed, extent: Extent) -> list[Made]:
         """What a value passed between sections lies in: two in turn, and a result where there is one."""
@@ -212,11 +198,7 @@ class Preparation:
         within = replace(extent, length=length)
         for launcher in self.launchers:
             kernel = launcher.kernel
-            own = written(kernel)
-            slots = [
-                place[name] if name in own else place.get(total_of(name), place[name])
-                for name in launcher.names
-            ]
+            slots = [place[name] for name in launcher.names]
             numbers: list[Any] = []
             if extent.varlen:
                 slots.append(place["cu_seqlens"])
@@ -228,22 +210,11 @@ class Preparation:
                 grid = -(-grid // FAR)
             numbers += [start, extent.length] if self.plan.passed else []
             numbers.append(length)
-            left = kernel.written if kernel.levels != "near" else ()
-            sums = [self.sum(v, kernel, extent, within, place) for v in left if v.parts]
-            # Parts without rows have a sum all the same: no rows.
-            if grid or sums:
+            if grid:
                 whole = kernel.order in SCANS and not kernel.span
                 few = grid <= device().sms
                 apart = whole and few and kernel.name in self.in_company
-                yield Launch(launcher, grid, tuple(slots), tuple(numbers), tuple(sums), apart)
-
-    def sum(
-        self, value: Value, kernel: Kernel, extent: Extent, within: Extent, place: Mapping[str, int]
-    ) -> Sum:
-        """The shape is that of a section's parts, but for what comes from all sections."""
-        name = identifier(value.name)
-        shape = shape_of(value, self.plan, extent if value.whole else within, kernel)
-        return Sum(place[name], shape, place[total_of(name)])
+                yield Launch(launcher, grid, tuple(slots), tuple(numbers), apart)
 
 
 def written(kernel: Kernel) -> set[str]:
@@ -260,8 +231,3 @@ def size_of(places: Sequence[tuple[int, int]], values: Sequence[Made]) -> int:
     """Bytes of a workspace with these values."""
     pairs = zip(places, values, strict=True)
     return max((at + m.bytes for (room, at), m in pairs if room == WORKSPACE), default=0)
-
-
-def total_of(name: str) -> str:
-    """What the sum of a value's parts is found by: no name of a tensor has a space."""
-    return f"{name} total"

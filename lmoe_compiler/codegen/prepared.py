@@ -15,7 +15,10 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Made:
-    """What kernels write: results and parts are tensors of their own, the rest lies in the workspace or in results."""
+    """What kernels write: results are tensors of their own, the rest lies in the workspace or in results.
+
+    A result in `parts` is their sum over the first axis, taken when all kernels have run.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,19 +39,10 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """Parts that a kernel leaves in `slot`, [parts, ...], are added up: other kernels and callers get `total`."""
-
-    slot: int
-    shape: tuple[int, ...]
-    total: int
-
-
-@dataclass(frozen=True)
 class Launch:
-    """One kernel of a call, not launched where its grid is empty.
+    """One kernel of a call.
 
-    Arguments: slots (inputs, own tensors, the workspace, sums), then lengths. It waits for the launches `after`, by
+    Arguments: slots (inputs, own tensors, the workspace), then lengths. It waits for the launches `after`, by
     their places among those of the call, and with them for those that they wait for. `apart`: its few programs scan
     for long beside other kernels, and take longer where two of them share an SM.
     """
@@ -57,7 +51,6 @@ class Launch:
     grid: int
     slots: tuple[int, ...]
     lengths: tuple[int, ...]
-    sums: tuple[Sum, ...]
     apart: bool = False
     after: tuple[int, ...] = ()
 
@@ -67,9 +60,8 @@ class Prepared:
     """What calls of one extent have in common. The workspace begins with what has to be zero.
 
     `places` of the shared values: the slot of a result, or WORKSPACE, and bytes from its start. `bytes` are the
-    workspace's. `totals` are the slots of parts that are added up; their totals have the slots after all others, in
-    this order. `ready` are the launches of devices on which every kernel has run, None where only Triton can launch
-    them.
+    workspace's. `sums` are the slots of results in parts. `ready` are the launches of devices on which every kernel has
+    run, None where only Triton can launch them.
     """
 
     own: tuple[Made, ...]
@@ -79,6 +71,6 @@ class Prepared:
     zeros: int
     launches: tuple[Launch, ...]
     results: tuple[int, ...]
-    totals: tuple[int, ...]
+    sums: frozenset[int]
     narrow: bool
     ready: dict[int | None, Launches | None] = field(default_factory=dict)

@@ -265,6 +265,8 @@ def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tun
     elif small:
         scan = replace(scan, block=32)
         adjoint = adjoint if scalar else replace(adjoint, block=32, num_stages=4)
+    elif vector and not (solves or wide):
+        scan = replace(scan, num_stages=4)
     elif (load.alone and not vector) or (kind.still and not load.cut):
         scan = replace(scan, num_stages=3)
     return scan, states, adjoint

@@ -125,7 +125,7 @@ def backward_plan(program: Program, choice: Choice, call: Call) -> Plan:
     kernels = [_configured(k, program, choice, call) for k in (first, walk)]
     if not outer:
         return _plan("backward", kernels, program, choice, call)
-    sums, sizes = _parameters(program, outer, factors, call)
+    sums, sizes = _parameters(program, outer, kernels[-1].stores, call)
     return _plan("backward", [*kernels, *sums], program, choice, replace(call, sizes=sizes))
 
 
@@ -293,12 +293,12 @@ def _factors(node: Node) -> list[Node]:
 def _parameters(
     program: Program,
     outer: dict[str, list[tuple[Node, Node]]],
-    factors: Sequence[Store],
+    stores: Sequence[Store],
     call: Call,
 ) -> tuple[list[Kernel], tuple[tuple[str, int], ...]]:
     """Kernels that add up a b' over rows, and the plan's sizes with a name for each second axis of its own."""
     sizes = dict(call.sizes)
-    values = {id(s.node): s.value for s in factors}
+    values = {id(s.node): s.value for s in stores}
     kernels = []
     for var in program.inputs:
         if var.name not in outer:

@@ -39,19 +39,19 @@ class Walk(Loops):
         self.blocks.update(blocks)
         self.casts = dict(casts)
 
-    def place(self, value: Value, name: str) -> tuple[str, str, tuple[str, ...]]:
+    def place(
+        self, value: Value, name: str, part: int | None = None
+    ) -> tuple[str, str, tuple[str, ...]]:
         if not self.kernel.walks:
-            return super().place(value, name)
+            return super().place(value, name, part)
         if value.per == "scratch":
             return self.scratch_block(name, value.axes)
         index = {"row": f"({self.at[0]} * H + i_h)", "chunk": "(i_slot * H + i_h)"}.get(
             value.per, "(i_n.to(tl.int64) * H + i_h)"
         )
         if value.parts:
-            (axis,) = self.kernel.tile_sizes
             rows = "TOKENS" if value.per == "row" else f"(tl.num_programs(0) // (H * {self.tiles}))"
-            part = f"i_{axis_name(axis)}.to(tl.int64) * {rows} * H"
-            index = f"({part} + {index.removeprefix('(')}"
+            index = f"({self.part(part)} * {rows} * H + {index.removeprefix('(')}"
         return self.state_block(name, index, value.axes)
 
     @property
