@@ -110,6 +110,20 @@ def test_every_variant(name):
     check(BY_NAME[name], Sizes(B=1, T=37, H=2, K=8, V=6))
 
 
+@pytest.mark.parametrize("name", ["delta_rule", "gated_delta_rule", "kda", "rwkv7", "ttt_linear"])
+@pytest.mark.parametrize("choice", [{"span": 32}, {"span": 32, "section": 64, "products": True}])
+def test_spans_of_states_whose_keys_mix(name, choice, monkeypatch):
+    """Their maps are matrices, carried as the states are."""
+    monkeypatch.setattr(tuned, "lookup", lambda *_: replace(PREPARED, **choice))
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    run.forget()
+    check(BY_NAME[name], Sizes(B=2, T=150, H=1, K=20, V=40))
+    made = [e.plan for e in compiled._executables.values()]
+    names = {k.name for plan in made for k in plan.kernels}
+    assert {"spans_matrix", "adjoint_spans_matrix"} <= names
+    run.forget()
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_plan(name, plan, monkeypatch):

@@ -8,7 +8,7 @@ from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.parallel import Parallel
 from lmoe_compiler.codegen.plan import Carry, Value
 from lmoe_compiler.codegen.statements import Block, spread
-from lmoe_compiler.ir.nodes import ROW, Node
+from lmoe_compiler.ir.nodes import ROW, Node, make
 
 
 class Loops(Parallel):
@@ -128,7 +128,10 @@ class Loops(Parallel):
         dims = tuple(sorted(carry.axes, key=self.order))
         for d in dims:
             self.axes_used[self.axis(d)] = None
-        if carry.start is None:
+        if carry.identity:
+            one, other = (spread(f"o_{axis_name(a)}", [a], dims) for a in carry.axes)
+            self.write(f"{name} = ({one} == {other}).to(tl.float32)  # {self.shape(dims)}")
+        elif carry.start is None:
             full = f"tl.full({self.shape(dims)}, {carry.fill}, tl.float32)"
             self.write(f"{name} = {full}" if dims else f"{name} = {carry.fill}")
         else:
@@ -148,22 +151,32 @@ class Loops(Parallel):
 
     def print_through(self, carry: Carry, name: str, dims: Sequence[str]) -> None:
         """The state carried through the spans that are scanned before this program's."""
+        # Matrices of several spans at a time would take all of the shared memory.
+        matrix = any(a not in dims for value in carry.through or () for a in value.axes)
+        over = ("tl.range({}, num_stages=1)" if matrix else "range({})").format
         if self.kernel.order == "reverse":
-            self.write("for i_r in range(i_s + 1, n_s):")
+            self.write(f"for i_r in {over('i_s + 1, n_s')}:")
             self.depth += 1
             self.write("i_before = n_s + i_s - i_r")
         else:
-            self.write("for i_before in range(0, i_s):")
+            self.write(f"for i_before in {over('0, i_s')}:")
             self.depth += 1
         self.at_span = "i_before"
-        texts = []
+        loaded = []
         for value in carry.through or ():
             argument = identifier(value.name)
             self.args[argument] = value
             pointers, mask, own = self.place(value, argument)
-            loaded = self.assign(argument, self.load_text(pointers, mask), own)
-            texts.append(spread(loaded.text, own, dims))
-        self.write(f"{name} = {name} * {texts[0]} + {texts[1]}")
+            loaded.append(self.assign(argument, self.load_text(pointers, mask), own))
+        m, total = loaded
+        if not matrix:
+            product = f"{name} * {spread(m.text, m.dims, dims)}"
+        else:
+            keys, columns = carry.axes[0], next(d for d in m.dims if d not in dims)
+            renamed = make("rename", carry.leaf, old=keys, new=columns)
+            x = self.rename(renamed, Block(name, tuple(dims)))
+            product = self.dot(columns, m, x, full=True).text
+        self.write(f"{name} = {product} + {spread(total.text, total.dims, dims)}")
         self.depth -= 1
         self.at_span = "i_s"
 

@@ -95,7 +95,9 @@ class Partition:
         nodes = closure(roots, cut)
         loads = tuple(Load(n, cut[n]) for n in nodes if n in cut)
         tuning = self.choice.tuning(name)
-        tiles, parts = self.tiles(order, nodes, cut, stores, (tuning.block, tuning.block_second))
+        blocks = (tuning.block, tuning.block_second)
+        axes = [c.axes for c in carries] or [var.axes for var in self.program.states]
+        tiles, parts = self.tiles(order, nodes, cut, stores, axes, blocks)
         stores = [
             replace(s, value=replace(s.value, parts=parts[s.node], dtype="fp32"))
             if s.node in parts
@@ -130,15 +132,16 @@ class Partition:
         nodes: Sequence[Node],
         cut: Mapping[Node, Value],
         stores: Sequence[Store],
+        carried: Sequence[Sequence[str]],
         blocks: tuple[int, int],
     ) -> tuple[tuple[tuple[str, int], ...], dict[Node, int]]:
         """Tiled axes with their tiles, and the stores that are sums of parts with their number of parts.
 
-        Values come first. A scan cannot wait for a sum, so its axes are free of contractions; elsewhere row sums
-        (one number per token) may be left in parts.
+        Of the axes that are carried, values come first. A scan cannot wait for a sum, so its axes are free of
+        contractions; elsewhere row sums (one number per token) may be left in parts.
         """
         sizes = dict(self.call.sizes)
-        axes = dict.fromkeys(a for var in self.program.states for a in reversed(var.axes))
+        axes = dict.fromkeys(a for each in carried for a in reversed(each))
         tiles: list[tuple[str, int]] = []
         parts: dict[Node, int] = {}
         for axis in axes:
@@ -170,14 +173,18 @@ class Partition:
         return ()
 
     def spans(self, name: str, order: Order, carries: list[Carry]) -> list[Carry]:
-        """Carries of a scan whose spans run side by side, after a kernel for their maps; as given where not cut."""
+        """Carries of a scan whose spans run side by side, after kernels for their maps; as given where not cut."""
         span = self.choice.span
-        parts = span_carries(carries, span) if span else None
-        if parts is None:
+        found = span_carries(carries, span) if span else None
+        if found is None:
             return carries
-        first, second = parts
-        self.add(name, order, first, (), span, skip_last=True)
-        return second
+        sizes = dict(self.call.sizes)
+        sizes |= {axis: sizes[original] for axis, original in found.columns.items()}
+        self.call = replace(self.call, sizes=tuple(sizes.items()))
+        if found.matrices:
+            self.add(f"{name}_matrix", order, found.matrices, (), span, skip_last=True)
+        self.add(name, order, found.sums, (), span, skip_last=True)
+        return found.scan
 
     def passing(self, carries: Sequence[Carry]) -> list[Carry]:
         """Carries of the scan of a section, which starts with what the section before it ends with."""

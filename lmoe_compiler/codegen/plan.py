@@ -107,8 +107,9 @@ class Passed:
 class Carry:
     """A value carried from chunk to chunk: `leaf` inside the body, `following` after it.
 
-    It starts as `start`, or `fill` everywhere. Where spans are scanned side by side, a span's start is then carried
-    through those scanned before it: x <- factor_j x + sum_j, the values in `through`.
+    It starts as `start`, or the identity, or `fill` everywhere. Where spans are scanned side by side, a span's start
+    is then carried through those scanned before it: x <- m_j x + sum_j, the values in `through` (m has axes of the
+    state, or is a matrix whose second axis stands for the state's first).
     """
 
     leaf: Node
@@ -117,6 +118,7 @@ class Carry:
     start: Value | None
     end: Value | None
     fill: float = 0.0
+    identity: bool = False
     through: tuple[Value, Value] | None = None
 
 

@@ -182,7 +182,10 @@ def by_rule(program: Program, direction: str, call: Call, batch: int, length: in
         section = _section(program, kind, call, batch, length, chunk)
     overlap = _overlaps(kind, call, batch, section)
     section = -(-section // 2 // KEPT_SPAN) * KEPT_SPAN if overlap else section
-    span = 0 if kind.solves else _span(kind, call, batch, section or length)
+    if kind.solves:
+        span = 0 if backward else _span_of_matrices(kind, call, batch, length)
+    else:
+        span = _span(kind, call, batch, section or length)
     if call.exact:
         choice = _full_precision(kind, backward, chunk)
     else:
@@ -256,7 +259,7 @@ def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tun
             states = replace(large, num_stages=2, offsets=True)
             adjoint = adjoint if solves else replace(large, offsets=False)
             adjoint = replace(adjoint, num_stages=2 if vector or not solves else stages)
-    elif solves and (small or load.fewest) and not wide:
+    elif solves and (small or load.fewest) and not (wide or load.cut):
         scan = replace(scan, block=16)
         states = replace(states, block=16 if small else 64)
         adjoint = replace(adjoint, block=32 if small else 16, num_stages=4)
@@ -395,4 +398,19 @@ def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
     spans = 1 if whole else min(2 * device().sms // programs, length // 512)
     if spans < 4 or call.exact:
         spans = min(spans, length // 1024)
+    return _tokens_of(spans, length)
+
+
+def _span_of_matrices(kind: Kind, call: Call, batch: int, length: int) -> int:
+    """The same where a span's map is a matrix, which takes as long as the state does to be carried through it: four
+    spans at least, and no more than fill the SMs with one block each. (Not timed in fp32, or with long axes.)
+    """
+    programs, sms = _programs(call, batch, 64), device().sms
+    spans = min(max(4, sms // programs), length // 1024)
+    timed = not (call.exact or kind.wide)
+    return _tokens_of(spans, length) if timed and spans >= 4 and spans * programs <= 2 * sms else 0
+
+
+def _tokens_of(spans: int, length: int) -> int:
+    """A power of two; 0 where there is one span."""
     return 1 << (-(-length // spans) - 1).bit_length() if spans > 1 else 0

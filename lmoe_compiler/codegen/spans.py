@@ -1,13 +1,15 @@
-"""Cutting a sequence into spans that are scanned side by side, where states decay without mixing.
+"""Cutting a sequence into spans that are scanned side by side.
 
-The map of a span is then x -> factor * x + sum with a factor of the decay's axes: a first kernel carries both through
-each span, and every program of the scan starts by carrying its state through the spans before its own.
+A state goes through a span by a map, x -> m x + sum: a first kernel carries the sum through each span from nothing, and
+m; every program of the scan starts by carrying its state through the spans before its own. Where states decay without
+mixing m is a factor of the decay's axes. Where keys mix (a solve: what is written depends on what is read) it is a
+matrix over keys, whose columns go through the chunks as those of the state do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lmoe_compiler.codegen.plan import Carry, Value
 from lmoe_compiler.ir.nodes import Node, input_, make
@@ -35,23 +37,101 @@ def factor_of(node: Node, leaf: Node) -> Node | None:
     return None
 
 
-def span_carries(carries: Sequence[Carry], span: int) -> tuple[list[Carry], list[Carry]] | None:
-    """Carries of the first kernel, and those of the scan with their maps; None where a state mixes."""
-    first: list[Carry] = []
-    second: list[Carry] = []
+class Nonlinear(Exception):
+    """A node is not linear in what is carried, column by column."""
+
+
+def linear_part(
+    node: Node, leaf: Node, columns: Node, values: str, done: dict[Node, Node | None]
+) -> Node | None:
+    """L(columns) where node = L(leaf) + rest, L acting on each column along `values` alone; None for zero.
+
+    `columns` has another axis in the place of `values`. Raises Nonlinear.
+    """
+    if node in done:
+        return done[node]
+    if not _contains(node, leaf):
+        return None
+    parts = [linear_part(a, leaf, columns, values, done) for a in node.args]
+    touched = {value for name, value in node.attrs if name in ("axis", "old", "new")}
+    if values in touched:
+        raise Nonlinear
+    found: Node | None
+    if node.op in ("add", "sub"):
+        first, second = parts
+        if first is None or second is None:
+            negative = second is not None and node.op == "sub"
+            found = Node("neg", (second,)) if negative and second else first or second
+        else:
+            found = Node(node.op, (first, second))
+    elif node.op in ("neg", "rename", "sum"):
+        found = Node(node.op, (parts[0],), node.attrs) if parts[0] else None
+    elif node.op in ("mul", "dot") and None in parts:
+        (other,) = [a for a, part in zip(node.args, parts, strict=True) if part is None]
+        if values in other.axes:
+            raise Nonlinear
+        args = [a if part is None else part for a, part in zip(node.args, parts, strict=True)]
+        found = Node(node.op, tuple(args), node.attrs)
+    else:
+        raise Nonlinear
+    done[node] = found
+    return found
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Carries of the first kernels, which go through every span by itself, and of the scan with their maps.
+
+    columns   a matrix's second axis: its name, and the axis that it is a copy of
+    """
+
+    sums: list[Carry]
+    matrices: list[Carry]
+    scan: list[Carry]
+    columns: dict[str, str]
+
+
+def span_carries(carries: Sequence[Carry], span: int) -> Spans | None:
+    """None where the map of a span is not known."""
+    found = Spans([], [], [], {})
     for carry in carries:
-        factor = factor_of(carry.following, carry.leaf)
-        if factor is None:
+        if any(_contains(carry.following, c.leaf) for c in carries if c is not carry):
             return None
-        axes = tuple(a for a in carry.axes if a in factor.axes)
         name = carry.leaf.name
         total = Value(f"{name}_sum", carry.axes, "span", "fp32", span=span)
-        decay = Value(f"{name}_factor", axes, "span", "fp32", span=span)
-        product = input_(f"{name}_decay", axes)
-        first.append(replace(carry, start=None, end=total))
-        first.append(Carry(product, Node("mul", (product, factor)), axes, None, decay, fill=1.0))
-        second.append(replace(carry, through=(decay, total)))
-    return first, second
+        found.sums.append(replace(carry, start=None, end=total))
+        factor = factor_of(carry.following, carry.leaf)
+        if factor is not None:
+            axes = tuple(a for a in carry.axes if a in factor.axes)
+            decay = Value(f"{name}_factor", axes, "span", "fp32", span=span)
+            product = input_(f"{name}_decay", axes)
+            following = Node("mul", (product, factor))
+            found.sums.append(Carry(product, following, axes, None, decay, fill=1.0))
+        else:
+            matrix = _matrix(carry, span)
+            if matrix is None:
+                return None
+            found.matrices.append(matrix)
+            found.columns[matrix.axes[1]] = carry.axes[0]
+            assert matrix.end is not None
+            decay = matrix.end
+        found.scan.append(replace(carry, through=(decay, total)))
+    return found
+
+
+def _matrix(carry: Carry, span: int) -> Carry | None:
+    """The map of a state whose keys mix, from the identity on."""
+    if len(carry.axes) != 2:
+        return None
+    keys, values = carry.axes
+    axes = keys, f"{keys}_columns"
+    leaf = input_(f"{carry.leaf.name}_map", axes)
+    try:
+        following = linear_part(carry.following, carry.leaf, leaf, values, {carry.leaf: leaf})
+    except Nonlinear:
+        return None
+    end = Value(f"{carry.leaf.name}_matrix", axes, "span", "fp32", span=span)
+    return Carry(leaf, following, axes, None, end, identity=True) if following else None
 
 
 def _is(node: Node, value: float) -> bool:
