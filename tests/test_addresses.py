@@ -23,8 +23,9 @@ from lmoe_compiler.codegen.aot import argument_types, compile_kernel
 from lmoe_compiler.codegen.launch import Executable
 from lmoe_compiler.models import RECURRENCES
 
-op, direction, name = sys.argv[1:]
-request = request_of(RECURRENCES[op].program(), direction, (1, 2048, 16, 128))
+op, direction, name, length = sys.argv[1:]
+length = int(length)
+request = request_of(RECURRENCES[op].program(), direction, (1, length, 16, 128))
 choice = request.choice()
 found = []
 for stages in (choice.tuning(name).num_stages, 1):
@@ -34,7 +35,8 @@ for stages in (choice.tuning(name).num_stages, 1):
     names = [x for x in one.function.arg_names if x not in one.constants]
     types = argument_types(one.function.arg_names, one.kernel, "bf16")
     text = compile_kernel(one.function, types, one.constants, **one.options).asm["ptx"]
-    lengths = {"T": 1024, "T_0": 1024, "T_ALL": 2048, "TOKENS": 2048} if plan.passed else {"T": 2048, "TOKENS": 2048}
+    part = length // 2 if plan.passed else length
+    lengths = {"T": part, "T_0": part, "T_ALL": length, "TOKENS": length}
     given = bases(names, {n: x for n, x in lengths.items() if n in names})
     found.append([touched(text, given, p, 32 * one.options["num_warps"]) for p in (0, 5, 41)])
 print("stages:", choice.tuning(name).num_stages)
@@ -47,21 +49,25 @@ for several, single in zip(*found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("op", "direction", "kernel"),
+    ("op", "direction", "kernel", "length"),
     [
-        ("kda", "backward", "states"),
-        ("simple_gla", "forward", "spans"),
-        ("gla", "backward", "adjoint"),
-        ("gla", "forward", "prepare"),
-        ("kda", "backward", "gradients"),
-        ("delta_rule", "backward", "gradients"),
+        ("kda", "backward", "states", 2048),
+        ("simple_gla", "forward", "spans", 2048),
+        ("gla", "backward", "adjoint", 2048),
+        ("gla", "forward", "prepare", 2048),
+        ("kda", "backward", "gradients", 2048),
+        ("delta_rule", "backward", "gradients", 2048),
+        ("linear_attention", "backward", "adjoint_keys", 2048),
+        ("delta_rule", "forward", "spans_matrix", 8192),
+        ("delta_rule", "forward", "scan", 8192),
     ],
 )
-def test_stages_of_a_loop_change_no_address(op, direction, kernel):
+def test_stages_of_a_loop_change_no_address(op, direction, kernel, length):
     """In a process of its own: other tests have Triton interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
-        [sys.executable, "-c", TOUCHED, op, direction, kernel], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", TOUCHED, op, direction, kernel, str(length)],
+        capture_output=True, text=True, check=False,
         env=environment | {"PYTHONPATH": os.path.dirname(__file__)},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]

@@ -80,7 +80,11 @@ B16, NARROW, WIDE = (2, 16384, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)
         ("delta_rule", "forward", (1, 4096, 4, 256), "scan", Tuning(32, 0, 4, 3, offsets=True)),
         ("gated_delta_rule", "forward", WIDE, "scan", Tuning(32, 0, 4, 3, offsets=True)),
         ("rwkv7", "forward", WIDE, "scan", Tuning(32, 0, 4, 3, offsets=True)),
-        ("delta_rule", "forward", (1, 65536, 8, 128), "scan", Tuning(16, 0, 4, 3, offsets=True)),
+        ("delta_rule", "forward", (1, 65536, 8, 128), "scan", Tuning(64, 0, 4, 3, offsets=True)),
+        ("delta_rule", "forward", (1, 2048, 8, 128), "scan", Tuning(16, 0, 4, 3, offsets=True)),
+        ("linear_attention", "forward", (4, 2048, 16, 128), "scan", Tuning(64, 0, 4, 3)),
+        ("linear_attention", "backward", WIDE, "states_keys", Tuning(128, 0, 8, 3)),
+        ("gla", "forward", B16, "scan", Tuning(64, 0, 4, 4, offsets=True)),
         ("delta_rule", "forward", (1, 2048, 32, 128), "scan", Tuning(64, 0, 4, 3, offsets=True)),
         ("linear_attention", "backward", (4, 2048, 16, 128), "adjoint", Tuning(64, 0, 4, 3)),
         ("linear_attention", "backward", B16, "adjoint", Tuning(64, 0, 4, 2)),
@@ -116,6 +120,25 @@ def test_few_heads_are_scanned_in_spans(length, spans):
     """Spans of 512 tokens only where there are four."""
     rule = request_of(RECURRENCES["gla"].program(), "forward", (1, length, 32, 128)).rule()
     assert rule.span == spans
+
+
+@pytest.mark.parametrize(
+    ("shape", "span"),
+    [
+        ((1, 65536, 8, 128), 8192),  # eight, which fill the SMs
+        ((2, 16384, 16, 128), 4096),  # four at least: their maps take one more pass
+        ((1, 2048, 32, 128), 0),
+        ((1, 8192, 96, 128), 0),
+        ((8, 2048, 32, 256), 0),
+    ],
+)
+def test_few_heads_are_scanned_in_spans_whose_maps_are_matrices(shape, span):
+    program = RECURRENCES["delta_rule"].program()
+    assert request_of(program, "forward", shape).rule().span == span
+    assert request_of(program, "forward", shape, "fp32").rule().span == 0
+    assert request_of(program, "backward", shape).rule().span == 0
+    others = request_of(RECURRENCES["rwkv7"].program(), "forward", shape).rule().span
+    assert others == (span if shape[1] == 65536 else 0)
 
 
 def test_without_a_gpu():

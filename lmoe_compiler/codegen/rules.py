@@ -402,13 +402,15 @@ def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
 
 
 def _span_of_matrices(kind: Kind, call: Call, batch: int, length: int) -> int:
-    """The same where a span's map is a matrix, which takes as long as the state does to be carried through it: four
-    spans at least, and no more than fill the SMs with one block each. (Not timed in fp32, or with long axes.)
+    """The same where a span's map is a matrix, which takes as long to carry through it as the state does: as many as
+    fill the SMs with one block each, and four at least (eight where keys that are read are others than those that are
+    written). Not timed in fp32, or with long axes.
     """
     programs, sms = _programs(call, batch, 64), device().sms
-    spans = min(max(4, sms // programs), length // 1024)
-    timed = not (call.exact or kind.wide)
-    return _tokens_of(spans, length) if timed and spans >= 4 and spans * programs <= 2 * sms else 0
+    least = 8 if kind.general else 4
+    spans = min(max(least, sms // programs), length // 1024)
+    pays = spans >= least and spans * programs <= 2 * sms
+    return _tokens_of(spans, length) if pays and not (call.exact or kind.wide) else 0
 
 
 def _tokens_of(spans: int, length: int) -> int:
