@@ -36,7 +36,15 @@ gradients, solves              1 warp walks tiles of 32 keys: delta rule 392 (of
 gradients, solves and levels   2 warps walk tiles of 16 keys in 3 stages: KDA 744 (2 stages 805; 4 warps, of 32: 1490;
                                1 warp 980), RWKV-7 1086 (1131; 4 warps 2742)
 gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
-gradients, no decay            the same: 345 (whole keys, tiles of 64 values: 474)
+gradients, no decay            in fp32 the same; else scans of their own that store nothing of chunks, in 2 stages:
+                               whole backward 589 (as others 829; 3 stages 639; keys and values whole, 8 warps 743), B1
+                               T8192 H96 793 (1189), B4 T4096 H64 1052 (1594), B1 T65536 H8 604 (886), B1 T2048 H32 88
+                               (250). Reverse scans with an SM to themselves in 3 stages: B4 T2048 134 (all in 3: 149,
+                               in 2: 173; others 217). K = V = 64: tiles of 64 in 3 stages, 28 (32: 50; others 47).
+                               K = V = 256: pairs by prepare, tiles of 128, 8 warps, 3 stages, 1272 (2 stages 1839,
+                               tiles of 64 1728; others 3584), no spills
+the same with decays           [C, C] decays take too many registers there, sums for gradients of gates even more:
+                               simple GLA 1601 (1138), RetNet 1875 (1214), Mamba-2 2102 (1358). fp32 spills 364 B
 gradients, scalar decay        tiles of 32 keys in 3 stages: 584, RetNet 604, no spills (2 stages 604, 617; of 64
                                keys: 520 and 521, but 92 and 116 B, over the budget; tiles of values: 644, 671);
                                Mamba-2 695. Sums over pairs taken from the products of queries and keys: 569, but dg 5
@@ -49,48 +57,53 @@ contractions apart             of scalar and vector decays too: simple GLA 381 +
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
                                3034 (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
-adjoint, no decay              3 stages where an SM has one program: 78 at B4 T2048 (2 stages 102); not else: 272
-                               (246)
-few heads, solves              tiles of 16 values where those just fill the SMs: B1 T65536 H8, scan 1391 (64: 1574),
-                               gated 1559 (1882), KDA 1587 (1861), adjoint 1864 (2390), gated 2400 (2966), KDA 2236
-                               (2713)
+scan, no decay                 3 stages where not cut: B4 T2048 47 (2 stages 80, 4: 69), B1 T8192 H96 352 (368), B4
+                               T4096 H64 348 (373); in spans 2: 189 (191)
+scan, scalar decay             3 stages where an SM has one program: B4 T2048 62 (79); not else: 532 (350) at B1 T8192
+                               H96
+scan, diagonal                 4 stages: B4 T4096 H64 320 (3 stages 397), 165 (168), B1 T8192 H96 302 (298). Not with
+                               solves: delta rule 57 (61) at B4 T2048, but gated 71 (69), KDA 74 (72)
+few heads, solves              tiles of 16 values where those just fill the SMs and no spans do: B1 T65536 H8, scan 1391
+                               (64: 1574), gated 1559 (1882), KDA 1587 (1861), adjoint 1864 (2390), gated 2400 (2966),
+                               KDA 2236 (2713)
 K = V = 64, B8 T1024 H8        tiles of 32 values and 3 stages: linear attention 17.7 (64, 2 stages: 20.1; cut in two
                                18.0), simple GLA 27.4 in one kernel (37.5 with pairs apart), delta rule of 16: 27.0
-                               (29.2), gated 29.5 (35.0); adjoint of linear attention 20.6 (29.4), GLA 32 (49), simple
-                               GLA 30 (37; tiles of 32: 31.6); gradients without a loop: 18.0 (22.8), GLA 59.7
-                               (113.8), delta rule 24.0 (28.0), gated in tiles of 16 keys 38.5 (42.4). Gradients in
-                               the reverse scan: 51.9 for 29 + 23
+                               (29.2), gated 29.5 (35.0); adjoint of GLA 32 (49), simple GLA 30 (37; tiles of 32:
+                               31.6); gradients without a loop: GLA 59.7 (113.8), delta rule 24.0 (28.0), gated in tiles
+                               of 16 keys 38.5 (42.4)
 K = V = 256, B8 T2048 H32      scans of tiles of 128 values with 8 warps, pairs apart: linear attention 513 (1726),
                                simple GLA 989 (1216), GLA 921 (1415), delta rule 837 (1259), KDA 1685 (2117), not
-                               gated: 1322 (1169); states and adjoint so too without solves or scalar decays: 1757
-                               (2470), GLA 2183 (2500), states of delta rule 897 (1326), KDA 1381 (1519). Gradients of
-                               linear attention with tiles of 64 values 1360 (32: 1814), Mamba-2 with 64 keys 3397
-                               (32: 7572); prepare of delta rules in tiles of 64 keys 160 (218). These spill up to 144
-                               B
+                               gated: 1322 (1169); states and adjoint so too without solves or scalar decays: GLA 2183
+                               (2500), states of delta rule 897 (1326), KDA 1381 (1519). Gradients of Mamba-2 with 64
+                               keys 3397 (32: 7572); prepare of delta rules in tiles of 64 keys 160 (218). These spill
+                               up to 144 B
 rows as base and offsets       in scans: spans of scalar decays 70 (87), states of GLA 235 (286), adjoint of simple
                                GLA 285 (317), of RetNet 303 (280); not: adjoint of KDA 831 (763), gradients of RetNet
                                557 (531), scan of linear attention 192 (185)
-chunk 128, backward            linear attention: states 115 (64: 175), but adjoint 333 (249), gradients 475 (367)
 spans                          as many as just fill the SMs at 2 blocks each; one more wave costs 30 %; of 512 tokens
                                at least, if there are four: B1 T2048 H32, linear attention 41 + 113 (of 1024: 53 +
                                127), simple GLA 59 + 159 (71 + 176), GLA 81 + 267 (96 + 282)
-spans, B4 T2048                GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80): 128 programs fill the SMs.
-                               Scalar decays are cut all the same: simple GLA 23 + 73 (whole 110), adjoint 24 + 86
-                               (whole 134). Whole in 3 stages, timed but not compared with float64, so not done: linear
-                               attention 47 (17 + 52), simple GLA 62 (21 + 50)
-states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 linear
-                               attention 337 us, 180 MiB against 292, 264; KDA 977, 418 against 947, 645; delta rule
-                               660, 256 against 595, 569
+spans, B4 T2048                128 programs fill the SMs: GLA whole 62 (two spans 31 + 45), adjoint 99 (32 + 80),
+                               linear attention 47 (17 + 53), simple GLA 62 (21 + 51)
+spans of matrices              forward with solves: B1 T65536 H8, delta rule 552 in 8 spans (in 16: 562; whole, tiles
+                               of 16 values: 1521; tiles of 32 in spans: 847), gated 668 (1685), KDA 877 (1927), RWKV-7
+                               1326 in 16 (2517); B1 T16384 H8 168 (382), KDA 257 (497); B1 T8192 H16 156 in 4 (216),
+                               246 (298); four at B2 T16384 H16: 440 (547), gated 585 (616), KDA 807 (833), but RWKV-7
+                               1291 (1256); two there: 530, KDA 863; B1 T2048 H32: 87 (78). Errors against float64 stay
+                               the same to three digits. Not the backward's: B1 T65536 H8 in sections of 16384 2763 (two
+                               sections side by side 2903), of 32768 2579, but 1251 MiB (711); KDA 3681, 3399 (3559)
+states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 KDA 977 us,
+                               418 MiB against 947, 645; delta rule 660, 256 against 595, 569
 side by side                   in graphs, scans of whole sequences first: states and adjoint of the delta rule, backward
                                1990 (one after another 2187; states first 2645: the adjoint's few programs share SMs
                                then and take twice as long), gated 2386 (2687), KDA 3033 (3165); B4 T2048: delta rule
-                               507 (589), linear attention 215 (248), simple GLA 300 (342). Asking for half of an SM's
-                               shared memory, and a high priority, keep these programs apart
+                               507 (589), simple GLA 300 (342). Asking for half of an SM's shared memory, and a high
+                               priority, keep these programs apart
 sections side by side          half as long, two in memory: KDA 2719 (2986), RWKV-7 4217 (4369); B1 T65536 H8: delta
                                rule 2899 (3338; 4161 with programs not kept apart, 3193 without priority), gated 3479
-                               (4003), KDA 3449 (4555). Delta rule 2085 (1953), gated 2471 (2346), linear attention
-                               858 (828), simple GLA 1146 (1121), GLA 1942 (2021, with 56 kernels for 28): not done.
-                               Nor forward: delta rule 586 (540), KDA 873 (831)
+                               (4003), KDA 3449 (4555). Delta rule 2085 (1953), gated 2471 (2346), simple GLA 1146
+                               (1121), GLA 1942 (2021, with 56 kernels for 28): not done. Nor forward: delta rule 586
+                               (540), KDA 873 (831)
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
 fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 64: 1809), simple GLA 1751 (2007,
