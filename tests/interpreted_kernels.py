@@ -124,6 +124,32 @@ def test_spans_of_states_whose_keys_mix(name, choice, monkeypatch):
     run.forget()
 
 
+@pytest.mark.parametrize("name", ["gla", "gated_delta_rule", "rwkv7"])
+def test_span_maps_of_ranks_are_cut_into_spans(name, monkeypatch):
+    """What sequence parallelism exchanges, M and E, and their gradients: M is a state whose columns are keys."""
+    monkeypatch.setattr(tuned, "lookup", lambda *_: replace(PREPARED, span=32))
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    run.forget()
+    case, span = BY_NAME[name], torch.ops.lmoe.span_map.default
+    exact, rounded = (list(x.values()) for x, _ in single(Sizes(B=1, T=150, H=1, K=6, V=20), case))
+    expected, actual = (
+        span(case.recurrence.text(), [x.requires_grad_() for x in inputs], None, options)
+        for inputs, options in (
+            (exact, "implementation=torch"),
+            (rounded, "implementation=triton"),
+        )
+    )
+    weights = [torch.randn_like(x) for x in expected]
+    wanted = torch.autograd.grad(expected, exact, weights, allow_unused=True)
+    found = torch.autograd.grad(actual, rounded, [w.float() for w in weights], allow_unused=True)
+    for x, y in zip((*actual, *found), (*expected, *wanted), strict=True):
+        if y is None:
+            assert x is None
+        else:
+            assert (x.double() - y).norm() <= TOLERANCE * y.norm()
+    run.forget()
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_plan(name, plan, monkeypatch):

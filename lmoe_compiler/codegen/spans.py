@@ -124,7 +124,7 @@ def _matrix(carry: Carry, span: int) -> Carry | None:
     if len(carry.axes) != 2:
         return None
     keys, values = carry.axes
-    axes = keys, f"{keys}_columns"
+    axes = keys, f"{keys}_from"
     leaf = input_(f"{carry.leaf.name}_map", axes)
     try:
         following = linear_part(carry.following, carry.leaf, leaf, values, {carry.leaf: leaf})
