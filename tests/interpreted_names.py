@@ -7,6 +7,8 @@ import torch
 
 import lmoe_compiler as lmoe
 from lmoe_compiler import Dim, State, Token
+from lmoe_compiler.codegen import run, tuned
+from lmoe_compiler.codegen.plan import Choice, Tuning
 
 
 @pytest.mark.parametrize("nonlinear", [False, True])
@@ -34,9 +36,14 @@ def test_names_of_dims(keys, values, nonlinear):
             torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize(("query", "key"), [("exp", "reach"), ("k", "k_total")])
-def test_names_of_inputs(query, key):
+@pytest.mark.parametrize(
+    ("query", "key"), [("exp", "reach"), ("k", "S_sum"), ("S_factor", "dS_sum")]
+)
+def test_names_of_inputs(query, key, monkeypatch):
     """Functions that kernels call, and names of what they pass on."""
+    spans = Choice(16, span=32, prepare=True, prepare_rows=True, default=Tuning(16))
+    monkeypatch.setattr(tuned, "lookup", lambda *_: spans)
+    run.forget()
 
     source = (
         f"def step(S, {query}, {key}, value, g):\n"
@@ -51,11 +58,12 @@ def test_names_of_inputs(query, key):
         "S": State[K, V], query: Token[K], key: Token[K], "value": Token[V], "g": Token[K],
     }  # fmt: skip
     recurrence = lmoe.recurrence(step)
-    inputs = [torch.randn(1, 20, 2, size) for size in (6, 6, 5)]
-    inputs = [x.requires_grad_() for x in (*inputs, -torch.rand(1, 20, 2, 6))]
+    inputs = [torch.randn(1, 70, 2, size) for size in (6, 6, 5)]
+    inputs = [x.requires_grad_() for x in (*inputs, -torch.rand(1, 70, 2, 6))]
     both = []
     for r in (recurrence.with_options(implementation="triton"), recurrence.reference):
         o = r(*inputs)
         both.append([o, *torch.autograd.grad(o.square().sum(), inputs)])
     for found, expected in zip(*both, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    run.forget()

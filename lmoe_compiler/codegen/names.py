@@ -22,7 +22,8 @@ RESERVED = frozenset(
 ).union(DEVICE_FUNCTIONS)
 GRADIENT = "do"
 PREFIXED = re.compile(
-    r"([biomn]|sum)_\w+|\w+_(start|end|entry|exit|replayed|kept|factor|decay|columns|dim|\d+)"
+    r"([biomn]|sum)_\w+"
+    r"|\w+_(start|end|entry|exit|into|out|replayed|kept|sum|factor|decay|matrix|map|from|columns|dim|\d+)"
 )
 
 
