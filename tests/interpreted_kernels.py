@@ -9,17 +9,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import programs
 import pytest
 import torch
 from cases import CASES, Case, Sizes, make_inputs
 from differentiated import Result, as_argument, as_list, differentiated, scan
 from scopes import out_of_scope
 
+from lmoe_compiler import interpreted
 from lmoe_compiler.codegen import compiled, launch, run, tuned
 from lmoe_compiler.codegen import plan as plans
 from lmoe_compiler.codegen.extent import Extent
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.codegen.prepared import Prepared
+from lmoe_compiler.config import Options
 
 # Rows past the end divide zero by zero before they are masked; numpy says so, a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -150,6 +153,52 @@ def test_span_maps_of_ranks_are_cut_into_spans(name, monkeypatch):
     run.forget()
 
 
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        (
+            "written_by_reads",
+            replace(PREPARED, span=32),
+        ),  # one state's map knows nothing of the other
+        ("delta", replace(PREPARED, span=32)),
+        (
+            "two_writes",
+            replace(PREPARED, recompute=True),
+        ),  # rows of values and sums over them, in tiles
+    ],
+)
+def test_programs_by_other_plans(name, choice, monkeypatch):
+    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    run.forget()
+    p, sizes = programs.program(name), {"K": 20, "V": 18, "M": 4}
+    exact = programs.make_inputs(p, 1, 70, 1, sizes=sizes), programs.make_states(p, 1, 1, sizes)
+    results = []
+    for implementation, dtype in ((interpreted, torch.float64), (run, torch.float32)):
+        inputs, states = ([x.float().to(dtype) for x in each] for each in exact)
+        output, finals, saved = implementation.scan(p, inputs, states, None, Options())
+        d_output, *d_finals = (
+            programs.noise(f"d{x.shape}", x.shape, dtype) for x in (output, *finals)
+        )
+        grads = implementation.scan_backward(
+            p, inputs, states, None, saved, d_output, d_finals, Options()
+        )
+        results.append([output, *finals, *grads[0], *grads[1]])
+    for x, y in zip(*results, strict=True):
+        assert (x - y).norm() <= TOLERANCE * x.norm()
+    run.forget()
+
+
+def test_gradients_of_heads_in_parts_and_sections(monkeypatch):
+    """Every section leaves the parts of its own chunks."""
+    choice = replace(PREPARED, section=32, kernels=(("gradients", Tuning(block=16)),))
+    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    run.forget()
+    check(BY_NAME["mamba2"], Sizes(B=2, T=70, H=1, K=40, V=20))
+    run.forget()
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
 def test_every_plan(name, plan, monkeypatch):
@@ -276,7 +325,7 @@ def test_packed_documents_by_other_plans(name, plan, monkeypatch):
     monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     case, ends = BY_NAME[name], torch.tensor([0, 40, 40, 41, 120], dtype=torch.int32)
-    exact, rounded = single(Sizes(B=1, T=120, H=1, K=8, V=20), case)
+    exact, rounded = single(Sizes(B=1, T=120, H=1, K=20, V=20), case)
     starts = [x.repeat(4, *(1,) * (x.dim() - 1)) for x in exact[1]]
     kernels = case.recurrence.with_options(implementation="triton")
     assert_close(

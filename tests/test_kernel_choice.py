@@ -127,6 +127,7 @@ def test_few_heads_are_scanned_in_spans(length, spans):
     [
         ((1, 65536, 8, 128), 8192),  # eight, which fill the SMs
         ((2, 16384, 16, 128), 4096),  # four at least: their maps take one more pass
+        ((1, 5000, 8, 128), 0),  # powers of two: three of 2048
         ((1, 2048, 32, 128), 0),
         ((1, 8192, 96, 128), 0),
         ((8, 2048, 32, 256), 0),

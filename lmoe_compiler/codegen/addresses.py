@@ -184,7 +184,8 @@ class Addresses:
             return self.row_block(name, value.axes, "H", "i_h", value.whole)
         if value.per == "vector":
             row, mask = self.at
-            return f"{name} + i_h.to(tl.int64) * TOKENS + {row} + o_t", mask, (ROW,)
+            head = f"({self.part(part)} * H + i_h)" if value.parts else "i_h.to(tl.int64)"
+            return f"{name} + {head} * TOKENS + {row} + o_t", mask, (ROW,)
         slot = self.slot
         if whole and value.per == "chunk":
             slot = "(i_n.to(tl.int64) * tl.cdiv(T_ALL, C) + T_0 // C + i_c)"

@@ -1,6 +1,6 @@
 """The kernels of a forward, and of one decode step.
 
-[prepare]  ->  [spans]  ->  scan        the state stays in registers, o is written
+[prepare]  ->  [spans, spans_matrix]  ->  scan        the state stays in registers, o is written
 """
 
 from __future__ import annotations

@@ -175,10 +175,10 @@ class Partition:
     def spans(self, name: str, order: Order, carries: list[Carry]) -> list[Carry]:
         """Carries of a scan whose spans run side by side, after kernels for their maps; as given where not cut."""
         span = self.choice.span
-        found = span_carries(carries, span) if span else None
+        sizes = dict(self.call.sizes)
+        found = span_carries(carries, span, sizes) if span else None
         if found is None:
             return carries
-        sizes = dict(self.call.sizes)
         sizes |= {axis: sizes[original] for axis, original in found.columns.items()}
         self.call = replace(self.call, sizes=tuple(sizes.items()))
         if found.matrices:

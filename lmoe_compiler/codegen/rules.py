@@ -415,15 +415,18 @@ def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
 
 
 def _span_of_matrices(kind: Kind, call: Call, batch: int, length: int) -> int:
-    """The same where a span's map is a matrix, which takes as long to carry through it as the state does: as many as
-    fill the SMs with one block each, and four at least (eight where keys that are read are others than those that are
-    written). Not timed in fp32, or with long axes.
+    """Tokens of spans whose maps are matrices, which take as long to carry through them as the state does; 0 where the
+    sequence stays whole.
+
+    As many spans as fill the SMs with one block each, and four at least (eight where keys that are read are others
+    than those that are written), of 1024 tokens at least. Not timed in fp32, or with long axes.
     """
     programs, sms = _programs(call, batch, 64), device().sms
     least = 8 if kind.general else 4
-    spans = min(max(least, sms // programs), length // 1024)
+    span = _tokens_of(min(max(least, sms // programs), length // 1024), length)
+    spans = -(-length // span) if span else 1
     pays = spans >= least and spans * programs <= 2 * sms
-    return _tokens_of(spans, length) if pays and not (call.exact or kind.wide) else 0
+    return span if pays and not (call.exact or kind.wide) else 0
 
 
 def _tokens_of(spans: int, length: int) -> int:

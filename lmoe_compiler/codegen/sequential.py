@@ -7,7 +7,8 @@ Backward:  entries  ->  walk  [->  sum_...]
   sum_...      the gradient of a per-head matrix that is a sum of outer products over tokens, as products over chunks
 
 One program per sequence, head and tile of an axis that no carried value contracts; gradients that contract it are
-written in parts, added up afterwards. Gradients of per-head inputs are sums over a sequence: no atomics anywhere.
+written in parts, added up when all kernels have run. Gradients of per-head inputs are sums over a sequence: no atomics
+anywhere.
 Next: walk.py prints these kernels.
 """
 

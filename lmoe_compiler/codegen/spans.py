@@ -8,7 +8,7 @@ matrix over keys, whose columns go through the chunks as those of the state do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lmoe_compiler.codegen.plan import Carry, Value
@@ -59,11 +59,12 @@ def linear_part(
     found: Node | None
     if node.op in ("add", "sub"):
         first, second = parts
-        if first is None or second is None:
-            negative = second is not None and node.op == "sub"
-            found = Node("neg", (second,)) if negative and second else first or second
-        else:
+        if first is not None and second is not None:
             found = Node(node.op, (first, second))
+        elif second is not None and node.op == "sub":
+            found = Node("neg", (second,))
+        else:
+            found = second if first is None else first
     elif node.op in ("neg", "rename", "sum"):
         found = Node(node.op, (parts[0],), node.attrs) if parts[0] else None
     elif node.op in ("mul", "dot") and None in parts:
@@ -91,8 +92,8 @@ class Spans:
     columns: dict[str, str]
 
 
-def span_carries(carries: Sequence[Carry], span: int) -> Spans | None:
-    """None where the map of a span is not known."""
+def span_carries(carries: Sequence[Carry], span: int, axes: Collection[str]) -> Spans | None:
+    """None where the map of a span is not known. `axes` are those of the call, which matrices' own differ from."""
     found = Spans([], [], [], {})
     for carry in carries:
         if any(_contains(carry.following, c.leaf) for c in carries if c is not carry):
@@ -102,13 +103,13 @@ def span_carries(carries: Sequence[Carry], span: int) -> Spans | None:
         found.sums.append(replace(carry, start=None, end=total))
         factor = factor_of(carry.following, carry.leaf)
         if factor is not None:
-            axes = tuple(a for a in carry.axes if a in factor.axes)
-            decay = Value(f"{name}_factor", axes, "span", "fp32", span=span)
-            product = input_(f"{name}_decay", axes)
+            decayed = tuple(a for a in carry.axes if a in factor.axes)
+            decay = Value(f"{name}_factor", decayed, "span", "fp32", span=span)
+            product = input_(f"{name}_decay", decayed)
             following = Node("mul", (product, factor))
-            found.sums.append(Carry(product, following, axes, None, decay, fill=1.0))
+            found.sums.append(Carry(product, following, decayed, None, decay, fill=1.0))
         else:
-            matrix = _matrix(carry, span)
+            matrix = _matrix(carry, span, axes)
             if matrix is None:
                 return None
             found.matrices.append(matrix)
@@ -119,12 +120,15 @@ def span_carries(carries: Sequence[Carry], span: int) -> Spans | None:
     return found
 
 
-def _matrix(carry: Carry, span: int) -> Carry | None:
+def _matrix(carry: Carry, span: int, taken: Collection[str]) -> Carry | None:
     """The map of a state whose keys mix, from the identity on."""
     if len(carry.axes) != 2:
         return None
     keys, values = carry.axes
-    axes = keys, f"{keys}_from"
+    columns = f"{keys}_from"
+    while columns in taken:
+        columns += "_"
+    axes = keys, columns
     leaf = input_(f"{carry.leaf.name}_map", axes)
     try:
         following = linear_part(carry.following, carry.leaf, leaf, values, {carry.leaf: leaf})

@@ -4,8 +4,8 @@ With an axis cut into tiles, a node is
   whole     it has neither the axis nor a contraction over it: the same in every program
   tile      it has the axis: each program holds its part
   part      contracted over the axis: programs hold terms of a sum; only linear operations may follow
-A store of a part goes to a buffer with one slice per program, summed afterwards in a fixed order. Where one program
-loops over the tiles itself, it adds the parts up, and what needs the sum is
+A store of a part goes to a buffer with one slice per program: kernels that read it add the slices up in a fixed order.
+Where one program loops over the tiles itself, it adds the parts up, and what needs the sum is
   late      computed after the loop
 """
 
