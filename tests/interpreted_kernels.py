@@ -62,9 +62,9 @@ PLANS = {
         overlap=True,
         kernels=(("products", Tuning(block=16)),),
     ),
-    "recomputed": replace(PREPARED, recompute=True),
-    "recomputed in spans": replace(WHOLE, recompute=True, span=32),
 }
+RECOMPUTED = replace(PREPARED, recompute=True)
+RECOMPUTED_IN_SPANS = replace(WHOLE, recompute=True, span=32)
 
 
 @pytest.fixture(autouse=True)
@@ -302,8 +302,8 @@ def test_loops_over_keys(name, monkeypatch):
 @pytest.mark.parametrize("name", ["linear_attention", "retention"])
 def test_gradients_by_scans_of_their_own(name, monkeypatch):
     """Those that need one carried value only; of linear attention these are all, and nothing is stored of chunks."""
-    for plan in ("recomputed", "recomputed in spans"):
-        monkeypatch.setattr(tuned, "lookup", lambda *_, plan=plan: PLANS[plan])
+    for choice in (RECOMPUTED, RECOMPUTED_IN_SPANS):
+        monkeypatch.setattr(tuned, "lookup", lambda *_, choice=choice: choice)
         monkeypatch.setattr(plans, "KEPT_SPAN", 32)
         run.forget()
         check(BY_NAME[name], Sizes(B=2, T=70, H=1, K=40, V=20))
@@ -322,14 +322,15 @@ def test_gradients_by_scans_of_their_own(name, monkeypatch):
         ("simple_gla", "spans"),
         ("gla", "spans"),
         ("gated_delta_rule", "spans"),
-        ("linear_attention", "recomputed in spans"),
+        ("linear_attention", RECOMPUTED_IN_SPANS),
         ("retention", "products"),
         ("gated_delta_rule", "products"),
     ],
 )
 def test_packed_documents_by_other_plans(name, plan, monkeypatch):
     """Every document has spans of its own, scanned side by side in both directions, and slots for its chunks."""
-    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
+    choice = PLANS[plan] if isinstance(plan, str) else plan
+    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
     monkeypatch.setattr(plans, "KEPT_SPAN", 32)
     run.forget()
     case, ends = BY_NAME[name], torch.tensor([0, 40, 40, 41, 120], dtype=torch.int32)

@@ -210,7 +210,7 @@ class Partition:
         """
         depends = dependences(nodes, carried)
         levels, values = inside_levels(nodes), set(value_axes(self.program))
-        if self.choice.recompute:
+        if self.choice.recompute:  # gradients of keys are scanned too
             values |= {a for var in self.program.states for a in var.axes}
         factors: dict[Node, Value] = {}
         direct = _meets_loads(nodes)
