@@ -19,7 +19,7 @@ from lmoe_compiler.lower.program import ChunkProgram
 
 
 def forward_plan(chunk: ChunkProgram, choice: Choice, call: Call) -> Plan:
-    """prepare (if chosen, or if there is a solve) and one fused scan."""
+    """prepare and spans, if chosen, and one scan that writes the output."""
     program, choice = chunk.program, replace(choice, section=0)
     roots = to_tiles(
         [chunk.output, *chunk.next_states], dict(call.sizes), value_axes(program), call.exact
