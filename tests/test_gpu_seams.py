@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lmoe_compiler as lmoe
+from lmoe_compiler.codegen import compiled
 from lmoe_compiler.lower.chunk import build
 from lmoe_compiler.models import RECURRENCES
 
@@ -105,6 +106,33 @@ def test_span_maps(name, ends):
         ]
         found.append([*results, *grads])
     near(found[1], found[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kda", "rwkv7"])
+def test_span_maps_of_many_tokens(name):
+    """A shard of one head is cut into spans itself, whose maps are matrices: for M, whose values are keys, too."""
+    inputs, _ = prepared(name, Sizes(1, 8192, 1, 128, 128))
+    # So little is forgotten that M is not 0 at the end.
+    less = {"g": 1e-4, "beta": 0.02, "a": 0.02}
+    names = [var.name for var in RECURRENCES[name].inputs]
+    inputs = [less.get(n, 1.0) * x for n, x in zip(names, inputs, strict=True)]
+    text, span = RECURRENCES[name].text(), torch.ops.lmoe.span_map.default
+    compiled.forget()
+    found = []
+    for dtype, options in (
+        (torch.float64, "implementation=torch"),
+        (half, "implementation=triton"),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        results = span(text, leaves, None, options)
+        torch.manual_seed(0)
+        weights = [torch.randn(x.shape, device="cuda").to(x.dtype) for x in results]
+        grads = torch.autograd.grad(results, leaves, weights, allow_unused=True)
+        found.append([*results, *(g for g in grads if g is not None)])
+    plans = [executable.plan for executable in compiled._executables.values()]
+    cut = [p for p in plans if any(k.name == "spans_matrix" for k in p.kernels)]
+    assert {p.program.states[0].axes for p in cut} == {("K", "V"), ("K", "K_columns")}
+    near(found[1], found[0], 0.02)
 
 
 @each
