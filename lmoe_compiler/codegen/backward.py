@@ -46,8 +46,21 @@ from lmoe_compiler.lower.program import ChunkAdjoint, gradient_name
 
 
 def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
-    """prepare, states, adjoint, products, gradients: as chosen."""
+    """prepare, states, adjoint, products, gradients: as chosen, but for what cannot be recomputed."""
     choice = replace(choice, section=0) if call.varlen else choice
+    plan = recomputed(adjoint, choice, call) if choice.recompute else None
+    plan = plan or _plan(adjoint, replace(choice, recompute=False), call)
+    assert plan is not None
+    return plan
+
+
+def recomputed(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
+    """The plan that stores no states of chunks, or None where a gradient needs one."""
+    whole = replace(choice, section=0, overlap=False, products=False, recompute=True)
+    return _plan(adjoint, whole, call)
+
+
+def _plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
     forward, program = adjoint.forward, adjoint.forward.program
     count = len(program.inputs)
     roots = to_tiles(
@@ -104,37 +117,48 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     if choice.section:
         reverse_scan = part.passing(reverse_scan)
 
-    solved = {**part.stored, **{s.node: s.value for s in solved_states}}
     by_values = Scan(reverse_scan, -1, states)
-    by_keys = {
-        "states_keys": Scan(forward_scan, 0, adjoints),
-        "adjoint_keys": Scan(reverse_scan, 0, states),
-    }
-    scans = [by_values, *(by_keys.values() if choice.recompute else ())]
-    late = shared_out(outputs, scans, solved, depends)
-    needed = closure([s.node for s in late])
-    entries = [
-        Store(c.leaf, state_value(f"{var.name}_entry", var, "chunk"))
-        for var, c in zip(program.states, forward_scan, strict=True)
-        if c.leaf in needed
-    ]
+    by_keys = [Scan(forward_scan, 0, adjoints), Scan(reverse_scan, 0, states)]
+    solved = {**part.stored, **{s.node: s.value for s in solved_states}}
+    if choice.recompute:
+        solved |= {s.node: s.value for s in solved_adjoints}
+        depends = dependences(nodes, states | adjoints, solved)
+    scans = [by_values, *by_keys] if choice.recompute else [by_values]
+    late = shared_out(outputs, scans, solved, depends, in_terms=choice.recompute)
+    left = {s.node for scan in scans for s in scan.stores} if choice.recompute else set()
+    needed = closure([s.node for s in late], left)
+    entries, exits = (
+        [
+            Store(c.leaf, state_value(f"{name}{var.name}_{at}", var, "chunk"))
+            for var, c in zip(program.states, scan, strict=True)
+            if c.leaf in needed
+        ]
+        for scan, name, at in ((forward_scan, "", "entry"), (reverse_scan, "d", "exit"))
+    )
+    if choice.recompute and (entries or exits):
+        return None
     if entries or solved_states:
         part.add("states", "forward", forward_scan, [*entries, *solved_states], kept[0].span)
-    if stores := by_keys["states_keys"].stores:
-        part.add("states_keys", "forward", forward_scan, stores, kept[0].span)
-    exits = [
-        Store(c.leaf, state_value(f"d{var.name}_exit", var, "chunk"))
-        for var, c in zip(program.states, reverse_scan, strict=True)
-        if c.leaf in needed
-    ]
-    reverse_scan = part.spans("adjoint_spans", "reverse", reverse_scan)
-    span, of_keys = part.span(reverse_scan), by_keys["adjoint_keys"].stores
+    of_states, of_adjoints = (scan.stores for scan in by_keys)
+    if of_states and not solves:
+        part.add("states_keys", "forward", forward_scan, of_states, kept[0].span)
+    # With solves the adjoint is scanned first, and leaves what the scan by keys starts from: its spans run side by side.
+    starts = tuple(replace(v, name=f"d{v.name}") for v in kept) if solves and of_adjoints else ()
+    exits += [Store(c.leaf, v) for c, v in zip(reverse_scan, starts, strict=False)]
+    adjoint_scan = part.spans("adjoint_spans", "reverse", reverse_scan)
+    span = part.span(adjoint_scan)
     stores = [*exits, *solved_adjoints, *by_values.stores]
-    if stores or not of_keys:
-        part.add("adjoint", "reverse", reverse_scan, stores, span)
-        reverse_scan = [replace(carry, end=None) for carry in reverse_scan]
-    if of_keys:
-        part.add("adjoint_keys", "reverse", reverse_scan, of_keys, span)
+    if stores or not of_adjoints:
+        part.add("adjoint", "reverse", adjoint_scan, stores, span)
+        adjoint_scan = [replace(carry, end=None) for carry in adjoint_scan]
+    if of_states and solves:
+        part.add("states_keys", "forward", forward_scan, of_states, kept[0].span)
+    if starts:
+        span = starts[0].span
+        pairs = zip(reverse_scan, starts, strict=True)
+        adjoint_scan = [replace(carry, start=start, end=None) for carry, start in pairs]
+    if of_adjoints:
+        part.add("adjoint_keys", "reverse", adjoint_scan, of_adjoints, span)
     if choice.products and late:
         contracted = contracted_values([s.node for s in late], part.stored, value_axes(program))
         part.add("products", "parallel", (), contracted)

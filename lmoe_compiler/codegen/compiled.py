@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmoe_compiler import layout
 from lmoe_compiler.codegen import first_use, miscompiled, sequential, stepping, tuned
-from lmoe_compiler.codegen.backward import backward_plan
+from lmoe_compiler.codegen.backward import backward_plan, recomputed
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.describe import header, lines
 from lmoe_compiler.codegen.extent import Extent
@@ -222,7 +222,10 @@ class Request:
             return stepping.choose(program, call, batch, in_place=self.direction == "step_")
         if chunk_of(program) is None:
             return sequential.choose(program, length)
-        return by_rule(program, self.tuned_as, call, batch, length)
+        choice = by_rule(program, self.tuned_as, call, batch, length)
+        if choice.recompute and recomputed(adjoint_of(program), choice, call) is None:
+            return by_rule(program, self.tuned_as, call, batch, length, recompute=False)
+        return choice
 
     def plan(self, choice: Choice) -> Plan:
         program, call = self.program, self.call

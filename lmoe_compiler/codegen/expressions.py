@@ -272,7 +272,9 @@ class Expressions(Addresses):
         cast = f"({text}).to({name}.dtype.element_ty)"
         inside = value.per == "span" and value.span > self.plan.chunk
         if inside:
-            self.write(f"if i_c % {value.span // self.plan.chunk} == 0:")
+            own = f"i_c % {value.span // self.plan.chunk}"
+            last = f"{own} == {value.span // self.plan.chunk - 1}) | (i_c == n_c - 1"
+            self.write(f"if ({last}):" if self.kernel.order == "reverse" else f"if {own} == 0:")
         self.depth += inside
         self.write(f"tl.store({pointers}, {cast}{tail})")
         self.depth -= inside

@@ -8,7 +8,7 @@ backward.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -57,11 +57,15 @@ def _levels_merged(stores: Sequence[Store], cut: Mapping[Node, Value]) -> tuple[
     return tuple([replace(s, node=root) for s, root in zip(stores, found, strict=True)])
 
 
-def dependences(nodes: Sequence[Node], names: frozenset[str]) -> dict[Node, frozenset[str]]:
-    """Which of the leaves `names` each node depends on."""
+def dependences(
+    nodes: Sequence[Node], names: frozenset[str], known: Container[Node] = ()
+) -> dict[Node, frozenset[str]]:
+    """Which of the leaves `names` each node depends on, other than through what is `known`."""
     found: dict[Node, frozenset[str]] = {}
     for node in nodes:
-        if node.op == "input":
+        if node in known:
+            found[node] = frozenset()
+        elif node.op == "input":
             found[node] = names & {node.name}
         else:
             found[node] = frozenset().union(*(found[a] for a in node.args))
@@ -97,7 +101,8 @@ class Partition:
         tuning = self.choice.tuning(name)
         blocks = (tuning.block, tuning.block_second)
         axes = [c.axes for c in carries] or [var.axes for var in self.program.states]
-        tiles, parts = self.tiles(order, nodes, cut, stores, axes, blocks)
+        following = [c.following for c in carries]
+        tiles, parts = self.tiles(order, nodes, cut, stores, following, axes, blocks)
         stores = [
             replace(s, value=replace(s.value, parts=parts[s.node], dtype="fp32"))
             if s.node in parts
@@ -124,7 +129,9 @@ class Partition:
         sums = [n for n in nodes if n.op == "level_sum" and n not in cut]
         alone = order != "parallel" or not sums
         self.kernels += [kernel] if alone else near_and_far(kernel, cut, self.call.exact)
-        self.stored.update({s.node: s.value for s in stores if s.node.op != "const"})
+        # States of spans are what other scans start from.
+        left = (s for s in stores if s.node.op != "const" and s.value.per != "span")
+        self.stored.update({s.node: s.value for s in left})
 
     def tiles(
         self,
@@ -132,13 +139,14 @@ class Partition:
         nodes: Sequence[Node],
         cut: Mapping[Node, Value],
         stores: Sequence[Store],
+        following: Sequence[Node],
         carried: Sequence[Sequence[str]],
         blocks: tuple[int, int],
     ) -> tuple[tuple[tuple[str, int], ...], dict[Node, int]]:
         """Tiled axes with their tiles, and the stores that are sums of parts with their number of parts.
 
-        Of the axes that are carried, values come first. A scan cannot wait for a sum, so its axes are free of
-        contractions; elsewhere row sums (one number per token) may be left in parts.
+        Of the axes that are carried, values come first. A scan cannot wait for a sum: what it carries is free of
+        contractions. Row sums (one number per token) may be left in parts.
         """
         sizes = dict(self.call.sizes)
         axes = dict.fromkeys(a for each in carried for a in reversed(each))
@@ -150,9 +158,7 @@ class Partition:
             if not block or padded(sizes[axis]) <= block or found is None or parts:
                 continue
             sums = [s for s in stores if found[s.node] == "part"]
-            if any(s.value.axes for s in sums) or (
-                order != "parallel" and "part" in found.values()
-            ):
+            if any(s.value.axes for s in sums) or any(found[n] == "part" for n in following):
                 continue
             if "tile" in (found[s.node] for s in stores) or order != "parallel":
                 tiles.append((axis, block))

@@ -184,19 +184,24 @@ class Load:
         return cls(parts > 1, not _fills(whole), least <= sms, whole * parts <= 1.1 * sms)
 
 
-def by_rule(program: Program, direction: str, call: Call, batch: int, length: int) -> Choice:
-    """The choice for a scan in chunks."""
+def by_rule(
+    program: Program, direction: str, call: Call, batch: int, length: int, recompute: bool = True
+) -> Choice:
+    """The choice for a scan in chunks. Without `recompute` its backward stores what gradients need of chunks."""
     kind, backward = Kind.of(program, call), direction == "backward"
     chunk = _chunk(kind, call, backward)
-    # Gradients by scans of their own: each needs one carried value only, and decays take too many registers there.
-    recompute = backward and kind.still and not (kind.normalised or call.exact)
+    # Gradients by scans of their own: decays take too many registers there.
+    decays = kind.vector or kind.scalar
+    recompute &= backward and not (decays or kind.normalised or call.exact)
+    recompute &= kind.still or not kind.wide
     section = 0
     if backward and not recompute:
         section = _section(program, kind, call, batch, length, chunk)
     overlap = _overlaps(kind, call, batch, section)
     section = -(-section // 2 // KEPT_SPAN) * KEPT_SPAN if overlap else section
     if kind.solves:
-        span = 0 if backward else _span_of_matrices(kind, call, batch, length)
+        cut = recompute or not backward
+        span = _span_of_matrices(kind, call, batch, length, backward) if cut else 0
     else:
         span = _span(kind, call, batch, section or length)
     if call.exact:
@@ -240,6 +245,10 @@ def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choic
 
 def _recomputing(choice: Choice, kind: Kind, load: Load) -> Choice:
     """With gradients written by scans of their own."""
+    if kind.solves:
+        keys = Tuning(64, 0, 4, 3, offsets=True)
+        again = dict.fromkeys(("states", "states_keys", "adjoint_keys"), keys)
+        return replace(choice, recompute=True, kernels=(*choice.kernels, *again.items()))
     forward = Tuning(128, 0, 8, 3) if kind.wide else Tuning(64, 0, 4, 3 if kind.narrow else 2)
     reverse = replace(forward, num_stages=3 if load.alone else forward.num_stages)
     kernels = dict(choice.kernels)
@@ -414,7 +423,7 @@ def _span(kind: Kind, call: Call, batch: int, length: int) -> int:
     return _tokens_of(spans, length)
 
 
-def _span_of_matrices(kind: Kind, call: Call, batch: int, length: int) -> int:
+def _span_of_matrices(kind: Kind, call: Call, batch: int, length: int, backward: bool) -> int:
     """Tokens of spans whose maps are matrices, which take as long to carry through them as the state does; 0 where the
     sequence stays whole.
 
@@ -422,8 +431,9 @@ def _span_of_matrices(kind: Kind, call: Call, batch: int, length: int) -> int:
     than those that are written), of 1024 tokens at least. Not timed in fp32, or with long axes.
     """
     programs, sms = _programs(call, batch, 64), device().sms
-    least = 8 if kind.general else 4
-    span = _tokens_of(min(max(least, sms // programs), length // 1024), length)
+    least = 8 if kind.general or backward else 4
+    wanted = 2 * sms // programs if backward else max(least, sms // programs)
+    span = _tokens_of(min(wanted, length // 1024), length)
     spans = -(-length // span) if span else 1
     pays = spans >= least and spans * programs <= 2 * sms
     return span if pays and not (call.exact or kind.wide) else 0

@@ -68,6 +68,23 @@ def values_first(
     return None
 
 
+def sum_of_products(build: Maker, node: Node) -> Node:
+    """sum_s w[t, s] (sum_K q_t k_s) = sum_K q_t (sum_s w[t, s] k_s): keys are contracted last."""
+    if node.op != "sum" or node["axis"] != SOURCE:
+        return node
+    factors = _flat(build, node.args[0])
+    for inner in factors:
+        if inner.op != "dot" or inner["axis"] in (ROW, SOURCE):
+            continue
+        first, second = inner.args if SOURCE in inner.args[1].axes else inner.args[::-1]
+        if SOURCE in first.axes or ROW in second.axes:
+            continue
+        others = [f for f in factors if f is not inner]
+        product = build.make("dot", second, build.scaled(others[0], others[1:]), axis=SOURCE)
+        return build.make("sum", build.make("mul", first, product), axis=inner["axis"])
+    return node
+
+
 def segment_gradient(build: Maker, node: Node, args: list[Node]) -> Node | None:
     """sum_s of w[t', s] over s < t <= t' as one running sum of w's row sums less its column sums."""
     (x,) = args
@@ -84,7 +101,7 @@ def segment_gradient(build: Maker, node: Node, args: list[Node]) -> Node | None:
 
 def merge_running(build: Maker, root: Node, loaded: Container[Node] = ()) -> Node:
     """A sum of running sums over rows as one running sum; `loaded` nodes stay terms of their own."""
-    terms = _terms(root, 1, loaded)
+    terms = terms_of(root, 1, loaded)
     own = [(sign, x) for sign, x in terms if x not in loaded]
     running = [(sign, x) for sign, x in own if x.op == "prefix" and x["inclusive"]]
     totals = [(sign, x) for sign, x in own if x.op == "sum" and x["axis"] == ROW]
@@ -92,23 +109,23 @@ def merge_running(build: Maker, root: Node, loaded: Container[Node] = ()) -> Nod
         return root
     rest = [(sign, x) for sign, x in terms if (sign, x) not in running and (sign, x) not in totals]
     merged = build.make(
-        "prefix", _signed(build, [(s, x.args[0]) for s, x in running]), inclusive=True
+        "prefix", signed(build, [(s, x.args[0]) for s, x in running]), inclusive=True
     )
     parts = [(1, merged), *rest]
     if totals:
         parts.append(
-            (1, build.make("sum", _signed(build, [(s, x.args[0]) for s, x in totals]), axis=ROW))
+            (1, build.make("sum", signed(build, [(s, x.args[0]) for s, x in totals]), axis=ROW))
         )
-    return _signed(build, parts)
+    return signed(build, parts)
 
 
 def merge_levels(build: Maker, root: Node, loaded: Container[Node] = ()) -> Node:
     """A sum of sums over levels of the same vectors as one, which gathers once for each kind of gather in them."""
-    terms = _terms(root, 1, loaded)
+    terms = terms_of(root, 1, loaded)
     levels = [(s, x) for s, x in terms if x.op == "level_sum" and x not in loaded]
     if len(levels) < 2 or len({frozenset(x.axes) for _, x in levels}) > 1:
         return root
-    inside = [t for s, x in levels for t in _terms(x.args[0], s, loaded)]
+    inside = [t for s, x in levels for t in terms_of(x.args[0], s, loaded)]
     gathers: dict[tuple[object, ...], list[tuple[int, Node]]] = {}
     parts: list[tuple[int, Node]] = []
     for sign, x in inside:
@@ -118,10 +135,10 @@ def merge_levels(build: Maker, root: Node, loaded: Container[Node] = ()) -> Node
             parts.append((sign, x))
     for same in gathers.values():
         (_, like), *_ = same
-        total = _signed(build, [(s, x.args[0]) for s, x in same])
+        total = signed(build, [(s, x.args[0]) for s, x in same])
         parts.append((1, build.make("level_gather", total, like=like, **dict(like.attrs))))
-    merged = build.make("level_sum", _signed(build, parts), like=root)
-    return _signed(build, [(1, merged), *(t for t in terms if t not in levels)])
+    merged = build.make("level_sum", signed(build, parts), like=root)
+    return signed(build, [(1, merged), *(t for t in terms if t not in levels)])
 
 
 def merge_sums(
@@ -145,14 +162,14 @@ def merge_sums(
     return [done[root] for root in roots]
 
 
-def _terms(node: Node, sign: int, loaded: Container[Node]) -> list[tuple[int, Node]]:
+def terms_of(node: Node, sign: int, loaded: Container[Node]) -> list[tuple[int, Node]]:
     if node in loaded or node.op not in ("add", "sub", "neg"):
         return [(sign, node)]
     signs = (-sign,) if node.op == "neg" else (sign, sign if node.op == "add" else -sign)
-    return [t for s, x in zip(signs, node.args, strict=True) for t in _terms(x, s, loaded)]
+    return [t for s, x in zip(signs, node.args, strict=True) for t in terms_of(x, s, loaded)]
 
 
-def _signed(build: Maker, terms: list[tuple[int, Node]]) -> Node:
+def signed(build: Maker, terms: list[tuple[int, Node]]) -> Node:
     terms = sorted(terms, key=lambda term: -term[0])
     sign, total = terms[0]
     if sign < 0:
