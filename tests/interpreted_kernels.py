@@ -65,6 +65,7 @@ PLANS = {
 }
 RECOMPUTED = replace(PREPARED, recompute=True)
 RECOMPUTED_IN_SPANS = replace(WHOLE, recompute=True, span=32)
+RECOMPUTED_IN_MATRICES = replace(RECOMPUTED, span=32)
 
 
 @pytest.fixture(autouse=True)
@@ -168,11 +169,7 @@ def test_span_maps_of_ranks_are_cut_into_spans(name, monkeypatch):
             "written_by_reads",
             replace(PREPARED, span=32),
         ),  # one state's map knows nothing of the other
-        ("delta", replace(PREPARED, span=32)),
-        (
-            "two_writes",
-            replace(PREPARED, recompute=True),
-        ),  # rows of values and sums over them, in tiles
+        ("delta_of_other_keys", replace(PREPARED, recompute=True, span=32)),
     ],
 )
 def test_programs_by_other_plans(name, choice, monkeypatch):
@@ -299,20 +296,33 @@ def test_loops_over_keys(name, monkeypatch):
     run.forget()
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "retention"])
-def test_gradients_by_scans_of_their_own(name, monkeypatch):
-    """Those that need one carried value only; of linear attention these are all, and nothing is stored of chunks."""
-    for choice in (RECOMPUTED, RECOMPUTED_IN_SPANS):
-        monkeypatch.setattr(tuned, "lookup", lambda *_, choice=choice: choice)
-        monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-        run.forget()
-        check(BY_NAME[name], Sizes(B=2, T=70, H=1, K=40, V=20))
-        made = compiled._executables.values()
-        (backward,) = (e.plan for e in made if e.plan.direction == "backward")
-        names = [k.name for k in backward.kernels]
-        assert {"states_keys", "adjoint_keys"} <= set(names)
-        stored = [v for k in backward.kernels for v in k.written if v.per == "chunk"]
-        assert bool(stored) == (name != "linear_attention")
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("linear_attention", RECOMPUTED),
+        ("linear_attention", RECOMPUTED_IN_SPANS),
+        ("delta_rule", RECOMPUTED),
+        ("delta_rule", RECOMPUTED_IN_MATRICES),
+        ("retention", RECOMPUTED),
+    ],
+)
+def test_gradients_by_scans_of_their_own(name, choice, monkeypatch):
+    """Nothing of chunks is stored; where a gate's gradient needs two states at once, what it needs is."""
+    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
+    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    run.forget()
+    check(BY_NAME[name], Sizes(B=2, T=70, H=1, K=40, V=20))
+    made = compiled._executables.values()
+    (backward,) = (e.plan for e in made if e.plan.direction == "backward")
+    names = {k.name for k in backward.kernels}
+    stored = [v for k in backward.kernels for v in k.written if v.per == "chunk"]
+    if name == "retention":
+        assert stored
+        assert not {"states_keys", "adjoint_keys"} & names
+    else:
+        assert not stored
+        assert {"states_keys", "adjoint_keys"} <= names
+    assert ("adjoint_spans_matrix" in names) == (choice is RECOMPUTED_IN_MATRICES)
     run.forget()
 
 
@@ -323,6 +333,7 @@ def test_gradients_by_scans_of_their_own(name, monkeypatch):
         ("gla", "spans"),
         ("gated_delta_rule", "spans"),
         ("linear_attention", RECOMPUTED_IN_SPANS),
+        ("delta_rule", RECOMPUTED_IN_MATRICES),
         ("retention", "products"),
         ("gated_delta_rule", "products"),
     ],

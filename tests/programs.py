@@ -43,6 +43,8 @@ TEXTS = {
     "    update k (x) -b * (k' S) before\n" + READ + "  output r",
     "other_read": HEAD + "  step S\n    decay log g\n    update k (x) b * v\n"
     "    update k (x) -b * (x' S)\n" + READ + "  output r",
+    "delta_of_other_keys": HEAD + "  step S\n    update k (x) b * v\n    update k (x) -b * (x' S)\n" + READ
+    + "  output r",
     "other_key": HEAD + "  step S\n    decay log w\n    update k (x) v\n"
     "    update x * b (x) -1 * (x' S) before\n" + READ + "  output r",
     "two_feedbacks": HEAD + "  step S\n    decay log g\n    update k (x) v\n"

@@ -56,7 +56,11 @@ for several, single in zip(*found):
         ("gla", "backward", "adjoint", 2048),
         ("gla", "forward", "prepare", 2048),
         ("kda", "backward", "gradients", 2048),
-        ("delta_rule", "backward", "gradients", 2048),
+        ("delta_rule", "backward", "adjoint", 2048),
+        ("delta_rule", "backward", "states", 2048),
+        ("delta_rule", "backward", "states_keys", 2048),
+        ("delta_rule", "backward", "adjoint_keys", 2048),
+        ("delta_rule", "backward", "adjoint_spans_matrix", 16384),
         ("linear_attention", "backward", "adjoint_keys", 2048),
         ("delta_rule", "forward", "spans_matrix", 8192),
         ("delta_rule", "forward", "scan", 8192),
@@ -65,10 +69,11 @@ for several, single in zip(*found):
 def test_stages_of_a_loop_change_no_address(op, direction, kernel, length):
     """In a process of its own: other tests have Triton interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [os.path.dirname(__file__), environment.get("PYTHONPATH", "")]
     ran = subprocess.run(
         [sys.executable, "-c", TOUCHED, op, direction, kernel, str(length)],
         capture_output=True, text=True, check=False,
-        env=environment | {"PYTHONPATH": os.path.dirname(__file__)},
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
     stages, *programs = ran.stdout.splitlines()

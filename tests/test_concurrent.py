@@ -63,7 +63,9 @@ def memory_of(executable: Executable, prepared: Prepared) -> dict[int, tuple[int
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("name", ["linear_attention", "retention", "gla", "delta_rule", "kda"])
+@pytest.mark.parametrize(
+    "name", ["linear_attention", "retention", "gla", "delta_rule", "gated_delta_rule", "kda"]
+)
 @pytest.mark.parametrize("shape", [(2, 4096, 16, 128), (8, 1024, 8, 64)], ids=str)
 def test_no_kernel_meets_another_in_memory(name, shape, overlap, direction):
     request = request_of(RECURRENCES[name].program(), direction, shape)
@@ -93,7 +95,8 @@ def test_no_kernel_meets_another_in_memory(name, shape, overlap, direction):
 
 
 def test_scans_of_states_and_of_their_gradients_run_side_by_side():
-    request = request_of(RECURRENCES["delta_rule"].program(), "backward", (2, 4096, 16, 128))
+    program = RECURRENCES["gated_delta_rule"].program()
+    request = request_of(program, "backward", (2, 4096, 16, 128))
     executable = request.make(replace(request.choice(), section=0))
     prepared = executable.prepare(request.extent)
     order = [one.launcher.kernel.name for one in prepared.launches]
@@ -104,7 +107,7 @@ def test_scans_of_states_and_of_their_gradients_run_side_by_side():
     assert {states, adjoint} <= ended[order.index("products")]
 
 
-@pytest.mark.parametrize("name", ["delta_rule", "kda", "gla"])
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kda", "gla"])
 def test_a_section_waits_for_nothing_that_the_one_before_it_only_reads(name):
     """With two in memory, kernels of a section wait for what is carried into it alone."""
     request = request_of(RECURRENCES[name].program(), "backward", (2, 4096, 16, 128))

@@ -58,8 +58,10 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
         ("simple_gla", (1, 8192, 16, 128), 0),  # eight spans side by side would be lost
         ("simple_gla", (1, 1024, 2, 64), 0),  # a few MiB
         ("gla", (8, 1024, 8, 64), 0),  # its states take no more than its inputs
-        ("delta_rule", (8, 1024, 8, 64), 512),
+        ("gated_delta_rule", (8, 1024, 8, 64), 512),
         ("kda", (8, 1024, 8, 64), 512),
+        ("delta_rule", (2, 16384, 16, 128), 0),  # nothing of chunks is stored
+        ("delta_rule", (8, 2048, 32, 256), 1024),
     ],
 )
 def test_a_backward_goes_in_sections_where_that_costs_little(name, shape, section):
@@ -137,9 +139,43 @@ def test_few_heads_are_scanned_in_spans_whose_maps_are_matrices(shape, span):
     program = RECURRENCES["delta_rule"].program()
     assert request_of(program, "forward", shape).rule().span == span
     assert request_of(program, "forward", shape, "fp32").rule().span == 0
-    assert request_of(program, "backward", shape).rule().span == 0
+    gated = RECURRENCES["gated_delta_rule"].program()
+    assert request_of(gated, "backward", shape).rule().span == 0
     others = request_of(RECURRENCES["rwkv7"].program(), "forward", shape).rule().span
     assert others == (span if shape[1] == 65536 else 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "span"),
+    [
+        ((1, 65536, 8, 128), 4096),  # two blocks on each SM
+        ((1, 8192, 8, 128), 1024),
+        ((2, 16384, 16, 128), 0),  # eight spans at least
+        ((4, 2048, 16, 128), 0),
+    ],
+)
+def test_an_adjoint_that_leaves_nothing_of_chunks_is_cut_too(shape, span):
+    rule = request_of(RECURRENCES["delta_rule"].program(), "backward", shape).rule()
+    assert (rule.recompute, rule.span) == (True, span)
+    if span:
+        assert rule.tuning("adjoint") == Tuning(64, 0, 4, 3)
+        assert rule.tuning("adjoint_spans_matrix") == Tuning(64, 0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "recompute"),
+    [
+        ("linear_attention", 32, True),
+        ("delta_rule", 32, False),  # states take no more than rows
+        ("delta_rule", 64, True),
+        ("delta_rule", 256, False),
+        ("ttt_linear", 64, True),
+        ("gated_delta_rule", 128, False),  # its gates' gradients need two states at once
+    ],
+)
+def test_gradients_by_scans_of_their_own(name, size, recompute):
+    rule = request_of(RECURRENCES[name].program(), "backward", (2, 2048, 4, size)).rule()
+    assert rule.recompute == recompute
 
 
 def test_without_a_gpu():

@@ -142,7 +142,7 @@ def _plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
     of_states, of_adjoints = (scan.stores for scan in by_keys)
     if of_states and not solves:
         part.add("states_keys", "forward", forward_scan, of_states, kept[0].span)
-    # With solves the adjoint is scanned first, and leaves what the scan by keys starts from: its spans run side by side.
+    # With solves the adjoint comes first, and leaves what the scan by keys starts from: its spans run side by side.
     starts = tuple(replace(v, name=f"d{v.name}") for v in kept) if solves and of_adjoints else ()
     exits += [Store(c.leaf, v) for c, v in zip(reverse_scan, starts, strict=False)]
     adjoint_scan = part.spans("adjoint_spans", "reverse", reverse_scan)

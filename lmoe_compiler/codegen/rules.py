@@ -126,7 +126,7 @@ class Kind:
     vector      decays differ along an axis; `scalar`: they do not
     activated   log decays are functions of their token's numbers
     normalised  an output is divided by what is read of a state
-    wide        an axis is longer than 128; `narrow`: none is longer than 64
+    wide        an axis is longer than 128; `narrow`: none is longer than 64; `short`: nor than 32
     """
 
     solves: bool
@@ -137,6 +137,7 @@ class Kind:
     normalised: bool
     wide: bool
     narrow: bool
+    short: bool
 
     @property
     def still(self) -> bool:
@@ -158,6 +159,7 @@ class Kind:
             normalised(program),
             longest > 128,
             longest <= 64,
+            longest <= 32,
         )
 
 
@@ -193,7 +195,7 @@ def by_rule(
     # Gradients by scans of their own: decays take too many registers there.
     decays = kind.vector or kind.scalar
     recompute &= backward and not (decays or kind.normalised or call.exact)
-    recompute &= kind.still or not kind.wide
+    recompute &= kind.still or not (kind.wide or kind.short)
     section = 0
     if backward and not recompute:
         section = _section(program, kind, call, batch, length, chunk)
@@ -246,9 +248,12 @@ def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choic
 def _recomputing(choice: Choice, kind: Kind, load: Load) -> Choice:
     """With gradients written by scans of their own."""
     if kind.solves:
-        keys = Tuning(64, 0, 4, 3, offsets=True)
-        again = dict.fromkeys(("states", "states_keys", "adjoint_keys"), keys)
-        return replace(choice, recompute=True, kernels=(*choice.kernels, *again.items()))
+        scan, maps = Tuning(64, 0, 4, 3, offsets=True), Tuning(64, 0, 4, 4)
+        again = dict.fromkeys(("states", "states_keys", "adjoint_keys"), scan)
+        again |= dict.fromkeys(("adjoint_spans", "adjoint_spans_matrix"), maps)
+        again |= {"adjoint": replace(scan, offsets=False)} if load.cut else {}
+        kernels = dict(choice.kernels) | again
+        return replace(choice, recompute=True, kernels=tuple(kernels.items()))
     forward = Tuning(128, 0, 8, 3) if kind.wide else Tuning(64, 0, 4, 3 if kind.narrow else 2)
     reverse = replace(forward, num_stages=3 if load.alone else forward.num_stages)
     kernels = dict(choice.kernels)
