@@ -56,8 +56,7 @@ def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
 
 def recomputed(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
     """The plan that stores no states of chunks, or None where a gradient needs one."""
-    whole = replace(choice, section=0, overlap=False, products=False, recompute=True)
-    return _plan(adjoint, whole, call)
+    return _plan(adjoint, replace(choice, products=False, recompute=True), call)
 
 
 def _plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
