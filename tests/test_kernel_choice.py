@@ -60,7 +60,9 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
         ("gla", (8, 1024, 8, 64), 0),  # its states take no more than its inputs
         ("gated_delta_rule", (8, 1024, 8, 64), 512),
         ("kda", (8, 1024, 8, 64), 512),
-        ("delta_rule", (2, 16384, 16, 128), 0),  # nothing of chunks is stored
+        ("delta_rule", (4, 2048, 16, 128), 0),  # nothing of chunks is stored
+        ("delta_rule", (1, 8192, 96, 128), 0),
+        ("delta_rule", (2, 16384, 16, 128), 4096),  # the adjoint leaves room for gradients
         ("delta_rule", (8, 2048, 32, 256), 1024),
     ],
 )

@@ -49,6 +49,13 @@ gradients, scalar decay        tiles of 32 keys in 3 stages: 584, RetNet 604, no
                                keys: 520 and 521, but 92 and 116 B, over the budget; tiles of values: 644, 671);
                                Mamba-2 695. Sums over pairs taken from the products of queries and keys: 569, but dg 5
                                times less exact
+the same with solves           scans for y and dy first: delta rule 1505 (1916), B1 T8192 H96 2064 (2821), B4 T2048
+                               368 (508), B4 T4096 H64 2535 (3459), B1 T2048 H32 230 (252); K = V = 64, B8 T1024 H8 132
+                               (136) with 51 MiB (75). Not K = V = 256: 7053 (6781), 232 B; nor 32, B8 T2048 H16: 384
+                               (358). Keys in tiles of 32: adjoint by keys 676 (490), of 128 spills 2.6 KiB; chunks of
+                               64 in these scans: 2044 (1759). Sums over pairs as sums over keys: 420, no spills (466,
+                               88 B). dy scaled again instead of dv loaded: 2154 (1759). Gated, without dg: 1419 and
+                               1271 for the scans by keys, 300 B
 far chunks, a kernel each      RWKV-7's gradients: 0 to 32 B of spills for 324, but where all chunks are far 73 ms (26.6
                                in one), and 4483 us in all where none is (4274)
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
@@ -90,8 +97,11 @@ spans of matrices              forward with solves: B1 T65536 H8, delta rule 552
                                1326 in 16 (2517); B1 T16384 H8 168 (382), KDA 257 (497); B1 T8192 H16 156 in 4 (216),
                                246 (298); four at B2 T16384 H16: 440 (547), gated 585 (616), KDA 807 (833), but RWKV-7
                                1291 (1256); two there: 530, KDA 863; B1 T2048 H32: 87 (78). Errors against float64 stay
-                               the same to three digits. Not the backward's: B1 T65536 H8 in sections of 16384 2763 (two
-                               sections side by side 2903), of 32768 2579, but 1251 MiB (711); KDA 3681, 3399 (3559)
+                               the same to three digits. Of a backward that stores nothing of chunks, eight at least:
+                               B1 T65536 H8 1737 in 16 (in 8: 2344, in 32: 1883, whole 3179; before 2758), tiles of 32
+                               values 1911, maps in 3 stages 1752 (4: 1724); B1 T16384 H8 508 (whole 964), B1 T8192
+                               H16 491 (615); B2 T16384 H16 1882 in eight (1812). Not of others: delta rule in sections
+                               of 16384 2763 (two side by side 2903), KDA 3681 (3559)
 states kept in bf16            every 512 tokens, so that short sequences have sections too: at B4 T2048 KDA 977 us,
                                418 MiB against 947, 645; delta rule 660, 256 against 595, 569
 side by side                   in graphs, scans of whole sequences first: states and adjoint of the delta rule, backward
@@ -104,6 +114,10 @@ sections side by side          half as long, two in memory: KDA 2719 (2986), RWK
                                (4003), KDA 3449 (4555). Delta rule 2085 (1953), gated 2471 (2346), simple GLA 1146
                                (1121), GLA 1942 (2021, with 56 kernels for 28): not done. Nor forward: delta rule 586
                                (540), KDA 873 (831)
+sections, recomputed           two of 4096 tokens at a time beside the adjoint where it leaves SMs idle: delta rule
+                               1505 (whole 1700; of 8192 1504, of 2048 1544; one by one 1691), B2 T65536 H16 5786
+                               (6706; of 16384 8660); not B1 T8192 H96: 2025, B4 T2048: 373 (370), B1 T65536 H8: 1839
+                               (in spans 1737), linear attention 659 (581)
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
 fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 64: 1809), simple GLA 1751 (2007,
@@ -196,15 +210,17 @@ def by_rule(
     decays = kind.vector or kind.scalar
     recompute &= backward and not (decays or kind.normalised or call.exact)
     recompute &= kind.still or not (kind.wide or kind.short)
-    section = 0
-    if backward and not recompute:
+    span, section, overlap = 0, 0, False
+    if kind.solves and (recompute or not backward):
+        span = _span_of_matrices(kind, call, batch, length, backward)
+    if recompute:
+        overlap = kind.solves and _chain_leaves_room(call, batch, length, span)
+        section = BESIDE if overlap else 0
+    elif backward:
         section = _section(program, kind, call, batch, length, chunk)
-    overlap = _overlaps(kind, call, batch, section)
-    section = -(-section // 2 // KEPT_SPAN) * KEPT_SPAN if overlap else section
-    if kind.solves:
-        cut = recompute or not backward
-        span = _span_of_matrices(kind, call, batch, length, backward) if cut else 0
-    else:
+        overlap = _overlaps(kind, call, batch, section)
+        section = -(-section // 2 // KEPT_SPAN) * KEPT_SPAN if overlap else section
+    if not kind.solves:
         span = _span(kind, call, batch, section or length)
     if call.exact:
         choice = _full_precision(kind, backward, chunk)
@@ -403,6 +419,15 @@ def _overlaps(kind: Kind, call: Call, batch: int, section: int) -> bool:
     """
     timed = kind.solves and section > KEPT_SPAN and not (call.exact or kind.wide)
     return timed and (kind.vector or _programs(call, batch, 16) <= device().sms)
+
+
+BESIDE = 4096
+"""Tokens of sections whose gradients of keys are scanned beside the adjoint of the section before."""
+
+
+def _chain_leaves_room(call: Call, batch: int, length: int, span: int) -> bool:
+    """Whether the adjoint of a sequence that is not cut has less than one program for each SM."""
+    return length > BESIDE and not span and not _fills(_programs(call, batch, 64))
 
 
 def _programs(call: Call, batch: int, tile: int) -> int:
