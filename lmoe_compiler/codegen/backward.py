@@ -7,10 +7,12 @@
   products   if chosen: all contractions over the values' axis, so that the next kernel has keys and pairs only
   gradients  parallel over chunks: both carried values are loads, so nothing is ordered and all axes are whole
 With `choice.section` all of it runs section by section, from the last to the first, so that states of one section are
-in memory at a time. With `choice.recompute` gradients that need one of the carried values only are written by scans
-of their own, in tiles of keys, and nothing is stored for them (gradient_scans.py):
+in memory at a time. With `choice.recompute` gradients are written by scans of their own, in tiles of keys, and
+nothing is stored of chunks (gradient_scans.py). Without solves, and with them:
 
     [prepare]  ->  states_keys         [adjoint_spans]  ->  adjoint, adjoint_keys
+    prepare    ->  states, [adjoint_spans, adjoint_spans_matrix]  ->  adjoint  ->  states_keys  ->  adjoint_keys
+               ->  gradients (sums of what is left in parts)
 """
 
 from __future__ import annotations
