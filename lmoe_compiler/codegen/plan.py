@@ -47,8 +47,8 @@ class Choice:
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
     products   backward only: contractions over the values' axis in a kernel of their own
-    recompute  backward only: if each of their terms needs one carried value at most, gradients are written by scans that
-               carry it again, and nothing is stored of chunks
+    recompute  backward only: where each of their terms needs one carried value at most, gradients are written by scans
+               that carry it again, and nothing is stored of chunks
     kernels    tuning by kernel name; `default` for the others
     """
 
