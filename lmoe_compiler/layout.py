@@ -151,6 +151,8 @@ def _map_axes(program: Program) -> list[tuple[str, ...] | None] | str:
         found = {a for decay in item.decays for a in decay.factor.axes}
         for feedback in item.feedbacks:
             (axis,) = feedback.read.axes
+            if other := set(feedback.scale.axes) - {axis}:
+                return f"a feedback of {item.state} is scaled along {sorted(other)[0]}"
             found |= {axis, axis + "'"}
         if item.decays or item.feedbacks:
             axes[item.state] = (axes[item.state] or set()) | found

@@ -169,7 +169,9 @@ def test_span_maps_of_ranks_are_cut_into_spans(name, monkeypatch):
             "written_by_reads",
             replace(PREPARED, span=32),
         ),  # one state's map knows nothing of the other
-        ("delta_of_other_keys", replace(PREPARED, recompute=True, span=32)),
+        ("delta_of_other_keys", RECOMPUTED_IN_MATRICES),
+        ("delta_and_sum", RECOMPUTED_IN_MATRICES),
+        ("delta_of_heads", RECOMPUTED),
     ],
 )
 def test_programs_by_other_plans(name, choice, monkeypatch):
@@ -323,6 +325,13 @@ def test_gradients_by_scans_of_their_own(name, choice, monkeypatch):
         assert not stored
         assert {"states_keys", "adjoint_keys"} <= names
     assert ("adjoint_spans_matrix" in names) == (choice is RECOMPUTED_IN_MATRICES)
+    written = {k.name: {v.name for v in k.written} for k in backward.kernels}
+    assert any("dS_kept" in values for values in written.values()) == (name == "delta_rule")
+    assert sum("dS_start" in values for values in written.values()) == 1
+    if name == "delta_rule":
+        assert written["states_keys"] == {"dq", "dk", "dbeta_1"}
+        assert written["adjoint_keys"] == {"dk", "dbeta_2"}
+        assert written["adjoint"] == {"dS_kept", "dS_start", "dy_1", "dv", "dbeta_0"}
     run.forget()
 
 

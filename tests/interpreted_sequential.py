@@ -202,8 +202,9 @@ def test_an_unmeasured_gpu_is_checked_at_first_use(name, packed):
     case = BY_NAME[name]
     made, starts = make_inputs(case, Sizes(B=1, T=20, H=1, K=6, V=5))
     inputs = {name: x.float() for name, x in made.items()}
-    ends = {"cu_seqlens": torch.tensor([0, 20], dtype=torch.int32)} if packed else {}
-    check(case.recurrence, inputs, [x.float() for x in starts], **ends)
+    ends = {"cu_seqlens": torch.tensor([0, 0, 20], dtype=torch.int32)} if packed else {}
+    documents = [x.float().repeat(1 + packed, *[1] * (x.dim() - 1)) for x in starts]
+    check(case.recurrence, inputs, documents, **ends)
     stepped(case.recurrence, {n: x[:, :1] if x.dim() > 2 else x for n, x in inputs.items()}, [
         x.float() for x in starts
     ])  # fmt: skip

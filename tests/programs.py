@@ -45,6 +45,10 @@ TEXTS = {
     "    update k (x) -b * (x' S)\n" + READ + "  output r",
     "delta_of_other_keys": HEAD + "  step S\n    update k (x) b * v\n    update k (x) -b * (x' S)\n" + READ
     + "  output r",
+    "delta_and_sum": "  state S[K, V]\n  state z[K]\n  token q[K] k[K] v[V] b\n  step S\n" + DELTA
+    + "  step z\n    update k (x) 1\n" + READ + "  read n = q' z\n  output r + n * v",
+    "delta_of_heads": HEAD + "  step S\n    update k (x) sigmoid(a) * v\n    update k (x) -sigmoid(a) * (k' S)\n"
+    + READ + "  output r",
     "other_key": HEAD + "  step S\n    decay log w\n    update k (x) v\n"
     "    update x * b (x) -1 * (x' S) before\n" + READ + "  output r",
     "two_feedbacks": HEAD + "  step S\n    decay log g\n    update k (x) v\n"
@@ -71,6 +75,8 @@ SEQUENTIAL = {
     "two_steps": HEAD + "  step S\n" + DELTA + "  step S\n" + DELTA + READ + "  output r",
     "signed": HEAD + "  step S\n    decay tanh(g)\n    update k (x) v\n" + READ + "  output r",
     "elementwise": HEAD + "  step S\n    decay log w * exp(v)\n    update k (x) v\n" + READ
+    + "  output r",
+    "scaled_values": HEAD + "  step S\n    update k (x) v\n    update k (x) -sigmoid(v) * (k' S)\n" + READ
     + "  output r",
     "two_reads": HEAD + "  step S\n    update k (x) -b * (k' S)\n    update x (x) -b * (x' S)\n" + READ
     + "  output r",

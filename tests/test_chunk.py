@@ -108,7 +108,7 @@ def test_roles_name_what_a_planner_may_keep():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("two_steps", "several steps"), ("signed", "positive"), ("elementwise", "no one axis"),
-     ("two_reads", "no shared solve"), ("whole", "read whole")],
+     ("two_reads", "no shared solve"), ("whole", "read whole"), ("scaled_values", "value by value")],
 )  # fmt: skip
 def test_what_has_no_chunk_form_says_why(name, reason):
     assert name in SEQUENTIAL

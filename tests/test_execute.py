@@ -205,9 +205,13 @@ def test_where_a_document_begins_is_not_read(name):
         int(cu_seqlens[-2])
 
 
-def test_a_state_driven_by_another_has_no_span_map():
-    p = program("written_by_reads")
-    with pytest.raises(NoSpanMap, match="written_by_reads"):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("written_by_reads", "driven by p, which is read"), ("scaled_values", "scaled along V")],
+)
+def test_a_state_without_a_span_map_says_why(name, why):
+    p = program(name)
+    with pytest.raises(NoSpanMap, match=why):
         execute.span_map(p, make_inputs(p, 1, 3), None, Options())
 
 

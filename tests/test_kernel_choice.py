@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import programs
 import pytest
 import torch
 from calls import arguments, gated
@@ -178,6 +179,14 @@ def test_an_adjoint_that_leaves_nothing_of_chunks_is_cut_too(shape, span):
 def test_gradients_by_scans_of_their_own(name, size, recompute):
     rule = request_of(RECURRENCES[name].program(), "backward", (2, 2048, 4, size)).rule()
     assert rule.recompute == recompute
+
+
+def test_a_parameter_of_heads_needs_states_of_chunks():
+    """Its gradient is no row that a scan could write: sections and tiles are those of a plan that stores them."""
+    program = programs.program("delta_of_heads")
+    rule = request_of(program, "backward", (8, 2048, 32, 128)).rule()
+    assert (rule.recompute, rule.section) == (False, 1024)
+    assert rule.tuning("adjoint_keys") == rule.default
 
 
 def test_without_a_gpu():

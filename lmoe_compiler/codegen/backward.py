@@ -48,7 +48,7 @@ from lmoe_compiler.lower.program import ChunkAdjoint, gradient_name
 
 
 def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
-    """prepare, states, adjoint, products, gradients: as chosen, but for what cannot be recomputed."""
+    """prepare, states, adjoint, products, gradients as chosen, without `recompute` where a gradient forbids it."""
     choice = replace(choice, section=0) if call.varlen else choice
     plan = recomputed(adjoint, choice, call) if choice.recompute else None
     plan = plan or _plan(adjoint, replace(choice, recompute=False), call)
@@ -127,7 +127,7 @@ def _plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
     scans = [by_values, *by_keys] if choice.recompute else [by_values]
     late = shared_out(outputs, scans, solved, depends, in_terms=choice.recompute)
     left = {s.node for scan in scans for s in scan.stores} if choice.recompute else set()
-    needed = closure([s.node for s in late], left)
+    needed = closure([s.node for s in late], left | {*solved} if left else ())
     entries, exits = (
         [
             Store(c.leaf, state_value(f"{name}{var.name}_{at}", var, "chunk"))
@@ -145,7 +145,8 @@ def _plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
         part.add("states_keys", "forward", forward_scan, of_states, kept[0].span)
     # With solves the adjoint comes first, and leaves what the scan by keys starts from: its spans run side by side.
     starts = tuple(replace(v, name=f"d{v.name}") for v in kept) if solves and of_adjoints else ()
-    exits += [Store(c.leaf, v) for c, v in zip(reverse_scan, starts, strict=False)]
+    if starts:
+        exits += [Store(c.leaf, v) for c, v in zip(reverse_scan, starts, strict=True)]
     adjoint_scan = part.spans("adjoint_spans", "reverse", reverse_scan)
     span = part.span(adjoint_scan)
     stores = [*exits, *solved_adjoints, *by_values.stores]

@@ -272,9 +272,10 @@ class Expressions(Addresses):
         cast = f"({text}).to({name}.dtype.element_ty)"
         inside = value.per == "span" and value.span > self.plan.chunk
         if inside:
-            own = f"i_c % {value.span // self.plan.chunk}"
-            last = f"{own} == {value.span // self.plan.chunk - 1}) | (i_c == n_c - 1"
-            self.write(f"if ({last}):" if self.kernel.order == "reverse" else f"if {own} == 0:")
+            chunks = value.span // self.plan.chunk
+            last = f"(i_c % {chunks} == {chunks - 1}) | (i_c == n_c - 1)"
+            first = f"i_c % {chunks} == 0"
+            self.write(f"if {last if self.kernel.order == 'reverse' else first}:")
         self.depth += inside
         self.write(f"tl.store({pointers}, {cast}{tail})")
         self.depth -= inside

@@ -18,7 +18,7 @@ from lmoe_compiler.codegen import cost
 from lmoe_compiler.codegen.gradients import gathered
 from lmoe_compiler.codegen.launch import Executable
 from lmoe_compiler.codegen.launcher import interpreting
-from lmoe_compiler.codegen.plan import OUTPUT
+from lmoe_compiler.codegen.plan import KEPT_SPAN, OUTPUT
 from lmoe_compiler.config import Options
 from lmoe_compiler.errors import WrongResult
 from lmoe_compiler.lower import execute
@@ -68,9 +68,15 @@ def verified(request: Request, executable: Executable, given: Sequence[Tensor]) 
 
 
 def shortened(request: Request, named: dict[str, Tensor], chunk: int) -> dict[str, Tensor]:
-    """The first sequence's first tokens, two chunks and a ragged end; packed, they are two documents."""
+    """The first sequence's first tokens, two chunks and a ragged end; packed, they are two documents.
+
+    Fewer than one kept state is for, so that states are kept at the start only.
+    """
     _, length = request.lengths
-    tokens, documents = min(length, 2 * chunk + 7), 1 if request.documents is None else 2
+    tokens = min(length, 2 * chunk + 7, KEPT_SPAN - 1)
+    documents = 1 if request.documents is None else 2
+    starts = zip(request.kept, request.program.states, strict=False)
+    kept = {name: named.get(f"{var.name}_start") for name, var in starts}
     kinds = {var.name: var.kind for var in request.program.inputs} | {"do": "token"}
     short = {}
     for name, x in named.items():
@@ -79,6 +85,9 @@ def shortened(request: Request, named: dict[str, Tensor], chunk: int) -> dict[st
         elif kinds.get(name) == "token":
             x = x[:1] if request.is_step else x[:1, :tokens]
         elif name not in kinds:
+            if name in kept:
+                start = kept[name]
+                x = torch.zeros_like(x[:1]) if start is None else start.to(x.dtype)
             x = x[:1].expand(documents, *x.shape[1:])
         short[name] = x.clone(memory_format=torch.contiguous_format)
     return short

@@ -60,7 +60,7 @@ class Scan:
 
 
 def _uncontracted(nodes: Sequence[Node], axis: str, stored: Mapping[Node, Value]) -> bool:
-    """Whether each tile of the axis needs nothing of the others. (No kernel has running sums over rows of a tile.)"""
+    """Whether each tile of the axis needs nothing of the others."""
     found = split(nodes, axis, stored)
     return found is not None and "part" not in found.values() and not _running(nodes, axis, stored)
 
@@ -72,6 +72,7 @@ def _summed(nodes: Sequence[Node], axis: str, stored: Mapping[Node, Value]) -> b
 
 
 def _running(nodes: Sequence[Node], axis: str, stored: Mapping[Node, Value]) -> bool:
+    """Whether rows of a tile are summed up one after another, which no kernel does."""
     running = (n for n in nodes if n.op in ("prefix", "suffix") and n not in stored)
     return any(axis in n.axes for n in running)
 
@@ -85,7 +86,7 @@ def shared_out(
 ) -> list[Store]:
     """Gives each gradient, or `in_terms` its terms, to a scan that can write it; what remains to be computed.
 
-    `scans` are in the order in which they run.
+    Those of `scans` that are tiled along the same axes are in the order in which they run.
     """
     late: list[Store] = []
     for store in outputs:

@@ -79,7 +79,10 @@ def sum_of_products(build: Maker, node: Node) -> Node:
         first, second = inner.args if SOURCE in inner.args[1].axes else inner.args[::-1]
         if SOURCE in first.axes or ROW in second.axes:
             continue
-        others = [f for f in factors if f is not inner]
+        others = list(factors)
+        others.remove(inner)
+        if not others:
+            continue
         product = build.make("dot", second, build.scaled(others[0], others[1:]), axis=SOURCE)
         return build.make("sum", build.make("mul", first, product), axis=inner["axis"])
     return node

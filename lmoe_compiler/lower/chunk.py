@@ -254,6 +254,8 @@ class _Builder:
             of_key, key = split_scale(self.expression(f.key), axis)
             of_read, vector = split_scale(self.expression(f.read), axis)
             scale = self.by_row(al.mul(self.expression(f.scale), al.mul(of_key, of_read)))
+            if set(scale.axes) != {ROW}:
+                raise NoChunkForm("a feedback scaled value by value has a solve for each of them")
             groups.append(Group(self.masked(key), al.ZERO, scale))
             vectors.add((self.by_row(vector), f.point))
         if len(vectors) > 1:
