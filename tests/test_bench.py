@@ -306,7 +306,7 @@ def test_without_a_gpu_the_bench_says_so(command, capsys):
 
 
 @pytest.mark.parametrize("direction", tune.DIRECTIONS)
-@pytest.mark.parametrize("op", ["simple_gla", "gla", "gated_delta_rule"])
+@pytest.mark.parametrize("op", ["simple_gla", "gla", "delta_rule", "gated_delta_rule"])
 def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
     shape = STEP_SHAPES[2] if direction in tune.STEPS else GATE_SHAPES[1]
     request = request_of(RECURRENCES[op].program(), direction, shape)
@@ -314,6 +314,7 @@ def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
     assert len(choices) == len(set(choices)) >= (4 if request.is_step else 6)
     assert choices[0] == request.rule()
     assert len({request.plan(choice) for choice in choices}) == len(choices)
+    assert {c.recompute for c in choices} == {False, choices[0].recompute}
 
 
 # -- state exchanges on several processes --------------------------------------------------------

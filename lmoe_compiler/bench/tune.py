@@ -25,7 +25,7 @@ from lmoe_compiler.codegen import tuned
 from lmoe_compiler.codegen.compiled import Request
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.plan import Choice, Tuning
-from lmoe_compiler.codegen.rules import Kind
+from lmoe_compiler.codegen.rules import BESIDE, Kind, by_rule
 from lmoe_compiler.models import RECURRENCES
 
 DIRECTIONS = ("forward", "backward", *STEPS)
@@ -84,15 +84,23 @@ def candidates(request: Request) -> Iterator[Choice]:
 
 
 def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
-    """Other chunks and spans, and more or less of what is computed once before a scan."""
+    """Other chunks, spans and sections, and more or less of what is stored before a scan, or for gradients."""
+    call, (batch, length) = request.call, request.lengths
+    solves = Kind.of(request.program, call).solves
     for chunk in {32, 64} - {first.chunk}:
         yield replace(first, chunk=chunk)
     if first.prepare:
         yield replace(first, prepare_rows=not first.prepare_rows)
     else:
         yield replace(first, prepare=True)
-    if not Kind.of(request.program, request.call).solves:
-        whole = 1 << (request.lengths[1] - 1).bit_length()
+    if first.recompute:
+        yield by_rule(request.program, request.tuned_as, call, batch, length, may_recompute=False)
+        if first.section:
+            yield replace(first, section=0, overlap=False)
+        elif solves and length > BESIDE:
+            yield replace(first, section=BESIDE, overlap=True, span=0)
+    if not solves or first.recompute or not request.is_backward:
+        whole = 1 << ((first.section or length) - 1).bit_length()
         for span in {0, (first.span or whole) // 2, 2 * first.span} - {first.span}:
             if span == 0 or 2 * first.chunk <= span < whole:
                 yield replace(first, span=span)

@@ -224,7 +224,7 @@ class Request:
             return sequential.choose(program, length)
         choice = by_rule(program, self.tuned_as, call, batch, length)
         if choice.recompute and recomputed(adjoint_of(program), choice, call) is None:
-            return by_rule(program, self.tuned_as, call, batch, length, recompute=False)
+            return by_rule(program, self.tuned_as, call, batch, length, may_recompute=False)
         return choice
 
     def plan(self, choice: Choice) -> Plan:

@@ -158,6 +158,15 @@ class Kind:
         """A state changes by what is written only."""
         return not (self.solves or self.vector or self.scalar)
 
+    @property
+    def recomputed(self) -> bool:
+        """Gradients are written by scans of their own, in which decays take too many registers. With solves it pays for
+        axes of 64 and 128.
+        """
+        decays = self.vector or self.scalar
+        pays = self.still or not (self.wide or self.short)
+        return pays and not (decays or self.normalised)
+
     @classmethod
     def of(cls, program: Program, call: Call) -> Kind:
         steps = [item for item in program.body if isinstance(item, Step)]
@@ -201,15 +210,17 @@ class Load:
 
 
 def by_rule(
-    program: Program, direction: str, call: Call, batch: int, length: int, recompute: bool = True
+    program: Program,
+    direction: str,
+    call: Call,
+    batch: int,
+    length: int,
+    may_recompute: bool = True,
 ) -> Choice:
-    """The choice for a scan in chunks. Without `recompute` its backward stores what gradients need of chunks."""
+    """The choice for a scan in chunks. If it may not recompute, a backward stores what gradients need of chunks."""
     kind, backward = Kind.of(program, call), direction == "backward"
     chunk = _chunk(kind, call, backward)
-    # Gradients by scans of their own: decays take too many registers there.
-    decays = kind.vector or kind.scalar
-    recompute &= backward and not (decays or kind.normalised or call.exact)
-    recompute &= kind.still or not (kind.wide or kind.short)
+    recompute = backward and may_recompute and kind.recomputed and not call.exact
     span, section, overlap = 0, 0, False
     if kind.solves and (recompute or not backward):
         span = _span_of_matrices(kind, call, batch, length, backward)
@@ -457,8 +468,9 @@ def _span_of_matrices(kind: Kind, call: Call, batch: int, length: int, backward:
     """Tokens of spans whose maps are matrices, which take as long to carry through them as the state does; 0 where the
     sequence stays whole.
 
-    As many spans as fill the SMs with one block each, and four at least (eight where keys that are read are others
-    than those that are written), of 1024 tokens at least. Not timed in fp32, or with long axes.
+    As many spans as fill the SMs with one block each (in a backward two), and four at least (in a backward, and where
+    keys that are read are others than those that are written, eight), of 1024 tokens at least. Not timed in fp32, or
+    with long axes.
     """
     programs, sms = _programs(call, batch, 64), device().sms
     least = 8 if kind.general or backward else 4
