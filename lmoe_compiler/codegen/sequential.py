@@ -33,6 +33,7 @@ from lmoe_compiler.codegen.plan import (
     padded,
 )
 from lmoe_compiler.codegen.reach import closure
+from lmoe_compiler.codegen.simplify import terms_of
 from lmoe_compiler.codegen.tile import to_tiles
 from lmoe_compiler.codegen.tiling import Split, split
 from lmoe_compiler.codegen.token import token_graph
@@ -262,7 +263,7 @@ def _outer(var: Var, node: Node) -> list[tuple[Node, Node]]:
     if var.kind != "head" or len(var.axes) != 2:
         return []
     found = []
-    for sign, term in _terms(node, 1):
+    for sign, term in terms_of(node, 1):
         factors = _factors(term)
         if any(len(f.axes) > 1 or not set(f.axes) <= set(var.axes) for f in factors):
             return []
@@ -278,13 +279,6 @@ def _outer(var: Var, node: Node) -> list[tuple[Node, Node]]:
             )
         )
     return found
-
-
-def _terms(node: Node, sign: int) -> list[tuple[int, Node]]:
-    if node.op in ("add", "sub"):
-        second = sign if node.op == "add" else -sign
-        return _terms(node.args[0], sign) + _terms(node.args[1], second)
-    return _terms(node.args[0], -sign) if node.op == "neg" else [(sign, node)]
 
 
 def _factors(node: Node) -> list[Node]:

@@ -165,7 +165,8 @@ def merge_sums(
     return [done[root] for root in roots]
 
 
-def terms_of(node: Node, sign: int, loaded: Container[Node]) -> list[tuple[int, Node]]:
+def terms_of(node: Node, sign: int, loaded: Container[Node] = ()) -> list[tuple[int, Node]]:
+    """The terms of a sum with their signs; `loaded` nodes are terms as they are."""
     if node in loaded or node.op not in ("add", "sub", "neg"):
         return [(sign, node)]
     signs = (-sign,) if node.op == "neg" else (sign, sign if node.op == "add" else -sign)
@@ -173,6 +174,7 @@ def terms_of(node: Node, sign: int, loaded: Container[Node]) -> list[tuple[int, 
 
 
 def signed(build: Maker, terms: list[tuple[int, Node]]) -> Node:
+    """Their sum, the positive ones first."""
     terms = sorted(terms, key=lambda term: -term[0])
     sign, total = terms[0]
     if sign < 0:
