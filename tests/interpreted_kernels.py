@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,19 @@ def names_are_in_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "print_module", checked)
 
 
+@pytest.fixture
+def by_plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Choice], None]]:
+    """Calls run by the choice that it is given, with states kept every 32 tokens."""
+
+    def use(choice: Choice) -> None:
+        monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
+        monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+        run.forget()
+
+    yield use
+    run.forget()
+
+
 def single(sizes: Sizes, case: Case, **changes: torch.Tensor):
     """The same inputs twice: float64 for the reference, float32 for the kernels."""
     inputs, states = make_inputs(case, sizes)
@@ -124,24 +138,19 @@ def test_every_variant(name):
         ("ttt_linear", {"span": 32}),
     ],
 )
-def test_spans_of_states_whose_keys_mix(name, choice, monkeypatch):
+def test_spans_of_states_whose_keys_mix(name, choice, by_plan):
     """Their maps are matrices, carried as the states are."""
-    monkeypatch.setattr(tuned, "lookup", lambda *_: replace(PREPARED, **choice))
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-    run.forget()
+    by_plan(replace(PREPARED, **choice))
     check(BY_NAME[name], Sizes(B=1, T=110, H=1, K=20, V=40))
     made = [e.plan for e in compiled._executables.values()]
     names = {k.name for plan in made for k in plan.kernels}
     assert {"spans_matrix", "adjoint_spans_matrix"} <= names
-    run.forget()
 
 
 @pytest.mark.parametrize("name", ["gla", "rwkv7"])
-def test_span_maps_of_ranks_are_cut_into_spans(name, monkeypatch):
+def test_span_maps_of_ranks_are_cut_into_spans(name, by_plan):
     """What sequence parallelism exchanges, M and E, and their gradients: M is a state whose columns are keys."""
-    monkeypatch.setattr(tuned, "lookup", lambda *_: replace(PREPARED, span=32))
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-    run.forget()
+    by_plan(replace(PREPARED, span=32))
     case, span = BY_NAME[name], torch.ops.lmoe.span_map.default
     exact, rounded = (list(x.values()) for x, _ in single(Sizes(B=1, T=100, H=1, K=6, V=20), case))
     expected, actual = (
@@ -159,7 +168,6 @@ def test_span_maps_of_ranks_are_cut_into_spans(name, monkeypatch):
             assert x is None
         else:
             assert (x.double() - y).norm() <= TOLERANCE * y.norm()
-    run.forget()
 
 
 @pytest.mark.parametrize(
@@ -174,10 +182,8 @@ def test_span_maps_of_ranks_are_cut_into_spans(name, monkeypatch):
         ("delta_of_heads", RECOMPUTED),
     ],
 )
-def test_programs_by_other_plans(name, choice, monkeypatch):
-    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-    run.forget()
+def test_programs_by_other_plans(name, choice, by_plan):
+    by_plan(choice)
     p, sizes = programs.program(name), {"K": 20, "V": 18, "M": 4}
     exact = programs.make_inputs(p, 1, 70, 1, sizes=sizes), programs.make_states(p, 1, 1, sizes)
     results = []
@@ -193,28 +199,21 @@ def test_programs_by_other_plans(name, choice, monkeypatch):
         results.append([output, *finals, *grads[0], *grads[1]])
     for x, y in zip(*results, strict=True):
         assert (x - y).norm() <= TOLERANCE * x.norm()
-    run.forget()
 
 
-def test_gradients_of_heads_in_parts_and_sections(monkeypatch):
+def test_gradients_of_heads_in_parts_and_sections(by_plan):
     """Every section leaves the parts of its own chunks."""
     choice = replace(PREPARED, section=32, kernels=(("gradients", Tuning(block=16)),))
-    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-    run.forget()
+    by_plan(choice)
     check(BY_NAME["mamba2"], Sizes(B=2, T=70, H=1, K=40, V=20))
-    run.forget()
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_delta_rule"])
-def test_every_plan(name, plan, monkeypatch):
+def test_every_plan(name, plan, by_plan):
     """What is stored, recomputed, tiled or cut into spans changes nothing."""
-    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-    run.forget()
+    by_plan(PLANS[plan])
     check(BY_NAME[name], Sizes(B=1, T=70, H=1, K=40, V=20))
-    run.forget()
 
 
 def latest_first(prepared: Prepared) -> Prepared:
@@ -238,7 +237,7 @@ def latest_first(prepared: Prepared) -> Prepared:
         ("kda", "products in sections"),
     ],
 )
-def test_kernels_side_by_side_in_any_order(name, plan, monkeypatch):
+def test_kernels_side_by_side_in_any_order(name, plan, by_plan, monkeypatch):
     """What a graph of kernels may run early or late changes nothing."""
     right, moved = launch.Executable.prepare, []
 
@@ -248,18 +247,15 @@ def test_kernels_side_by_side_in_any_order(name, plan, monkeypatch):
         moved.append(changed.launches != prepared.launches)
         return changed
 
-    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    by_plan(PLANS[plan])
     monkeypatch.setattr(launch.Executable, "prepare", other)
-    run.forget()
     check(BY_NAME[name], Sizes(B=1, T=150, H=1, K=16, V=20))
-    run.forget()
     assert any(moved)
 
 
 @pytest.mark.parametrize("plan", ["sections side by side", "spans and sections"])
 @pytest.mark.parametrize("name", ["retention", "gated_delta_rule"])
-def test_the_last_section_starts_from_nothing(name, plan, monkeypatch):
+def test_the_last_section_starts_from_nothing(name, plan, by_plan, monkeypatch):
     """Without a gradient of the final state nothing is read of where the others' lies."""
     right = launch.allocate
 
@@ -267,10 +263,8 @@ def test_the_last_section_starts_from_nothing(name, plan, monkeypatch):
         x = right(*args)
         return x.fill_(255 if x.dtype == torch.uint8 else float("nan"))
 
-    monkeypatch.setattr(tuned, "lookup", lambda *_: PLANS[plan])
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
+    by_plan(PLANS[plan])
     monkeypatch.setattr(launch, "allocate", poisoned)
-    run.forget()
     case = BY_NAME[name]
     (exact, _), (rounded, _) = single(Sizes(B=2, T=100, H=1, K=16, V=20), case)
     found = []
@@ -281,21 +275,18 @@ def test_the_last_section_starts_from_nothing(name, plan, monkeypatch):
         leaves = [x.requires_grad_() for x in given.values()]
         o = call(*leaves)
         found.append([o, *torch.autograd.grad(o, leaves, o.detach())])
-    run.forget()
     for x, y in zip(*found, strict=True):
         assert (x - y).norm() < TOLERANCE * x.norm()
 
 
 @pytest.mark.parametrize("name", ["kda", "rwkv7"])
-def test_loops_over_keys(name, monkeypatch):
+def test_loops_over_keys(name, by_plan):
     """Pairs of decayed keys, and the norms of keys, are there before gradients of keys are computed tile by tile."""
     inner = replace(PLANS["inner"], products=True)
-    monkeypatch.setattr(tuned, "lookup", lambda *_: inner)
-    run.forget()
+    by_plan(inner)
     check(BY_NAME[name], Sizes(B=1, T=40, H=1, K=40, V=20))
     (backward,) = (e.plan for e in compiled._executables.values() if e.plan.direction == "backward")
     assert next(k for k in backward.kernels if k.name == "gradients").inner == (("K", 16),)
-    run.forget()
 
 
 @pytest.mark.parametrize(
@@ -308,11 +299,9 @@ def test_loops_over_keys(name, monkeypatch):
         ("retention", RECOMPUTED),
     ],
 )
-def test_gradients_by_scans_of_their_own(name, choice, monkeypatch):
+def test_gradients_by_scans_of_their_own(name, choice, by_plan):
     """Nothing of chunks is stored; where a gate's gradient needs two states at once, what it needs is."""
-    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-    run.forget()
+    by_plan(choice)
     check(BY_NAME[name], Sizes(B=2, T=70, H=1, K=40, V=20))
     made = compiled._executables.values()
     (backward,) = (e.plan for e in made if e.plan.direction == "backward")
@@ -332,7 +321,6 @@ def test_gradients_by_scans_of_their_own(name, choice, monkeypatch):
         assert written["states_keys"] == {"dq", "dk", "dbeta_1"}
         assert written["adjoint_keys"] == {"dk", "dbeta_2"}
         assert written["adjoint"] == {"dS_kept", "dS_start", "dy_1", "dv", "dbeta_0"}
-    run.forget()
 
 
 @pytest.mark.parametrize(
@@ -347,12 +335,10 @@ def test_gradients_by_scans_of_their_own(name, choice, monkeypatch):
         ("gated_delta_rule", "products"),
     ],
 )
-def test_packed_documents_by_other_plans(name, plan, monkeypatch):
+def test_packed_documents_by_other_plans(name, plan, by_plan):
     """Every document has spans of its own, scanned side by side in both directions, and slots for its chunks."""
     choice = PLANS[plan] if isinstance(plan, str) else plan
-    monkeypatch.setattr(tuned, "lookup", lambda *_: choice)
-    monkeypatch.setattr(plans, "KEPT_SPAN", 32)
-    run.forget()
+    by_plan(choice)
     case, ends = BY_NAME[name], torch.tensor([0, 40, 40, 41, 120], dtype=torch.int32)
     exact, rounded = single(Sizes(B=1, T=120, H=1, K=20, V=20), case)
     starts = [x.repeat(4, *(1,) * (x.dim() - 1)) for x in exact[1]]
@@ -361,7 +347,6 @@ def test_packed_documents_by_other_plans(name, plan, monkeypatch):
         differentiated(kernels, rounded[0], [x.float() for x in starts], cu_seqlens=ends),
         differentiated(case.recurrence.reference, exact[0], starts, cu_seqlens=ends),
     )
-    run.forget()
 
 
 @pytest.mark.parametrize("T", [1, 16, 33])

@@ -16,7 +16,17 @@ from cases import CASES, Sizes, make_inputs
 from lmoe_compiler import implementation
 from lmoe_compiler.bench import host
 from lmoe_compiler.bench.plans import request_of
-from lmoe_compiler.codegen import compiled, cost, fit, launcher, miscompiled, run, stepping, tuned
+from lmoe_compiler.codegen import (
+    compiled,
+    cost,
+    first_use,
+    fit,
+    launcher,
+    miscompiled,
+    run,
+    stepping,
+    tuned,
+)
 from lmoe_compiler.codegen.fit import DoesNotFit
 from lmoe_compiler.codegen.plan import Choice, Tuning
 from lmoe_compiler.config import Options
@@ -394,6 +404,21 @@ def test_an_unmeasured_gpu_gets_a_note(monkeypatch):
     page = run.report(gated.ir, arguments(dtype=torch.float32), kernels.options)
     assert "NVIDIA L4 has not been measured" in page
     assert "lmoe bench tune" in page
+
+
+def test_first_use_compares_what_one_kept_state_is_for():
+    """States kept of an empty first document are written by nobody: the comparison starts from the call's own."""
+    named = RECURRENCES["gated_delta_rule"].program()
+    request = request_of(named, "backward", (1, 2048, 2, 32))
+    tensors = {
+        v.name: torch.zeros(x.shape) for v, x in zip(named.inputs, request.inputs, strict=True)
+    }
+    tensors |= {"S_kept": torch.full((4, 2, 32, 32), torch.nan), "do": tensors["v"]}
+    for packed in (False, True):
+        given = tensors | ({"cu_seqlens": torch.tensor([0, 0, 2048])} if packed else {})
+        short = first_use.shortened(replace(request, documents=2 if packed else None), given, 512)
+        assert short["q"].shape[1] == 511
+        assert torch.equal(short["S_kept"], torch.zeros(1 + packed, 2, 32, 32))
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -50,13 +50,13 @@ from lmoe_compiler.lower.program import ChunkAdjoint, gradient_name
 def backward_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     """prepare, states, adjoint, products, gradients as chosen, without `recompute` where a gradient forbids it."""
     choice = replace(choice, section=0) if call.varlen else choice
-    plan = recomputed(adjoint, choice, call) if choice.recompute else None
+    plan = recomputing_plan(adjoint, choice, call) if choice.recompute else None
     plan = plan or _plan(adjoint, replace(choice, recompute=False), call)
     assert plan is not None
     return plan
 
 
-def recomputed(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
+def recomputing_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan | None:
     """The plan that stores no states of chunks, or None where a gradient needs one."""
     return _plan(adjoint, replace(choice, products=False, recompute=True), call)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmoe_compiler import layout
 from lmoe_compiler.codegen import first_use, miscompiled, sequential, stepping, tuned
-from lmoe_compiler.codegen.backward import backward_plan, recomputed
+from lmoe_compiler.codegen.backward import backward_plan, recomputing_plan
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.describe import header, lines
 from lmoe_compiler.codegen.extent import Extent
@@ -223,7 +223,7 @@ class Request:
         if chunk_of(program) is None:
             return sequential.choose(program, length)
         choice = by_rule(program, self.tuned_as, call, batch, length)
-        if choice.recompute and recomputed(adjoint_of(program), choice, call) is None:
+        if choice.recompute and recomputing_plan(adjoint_of(program), choice, call) is None:
             return by_rule(program, self.tuned_as, call, batch, length, may_recompute=False)
         return choice
 
