@@ -65,6 +65,7 @@ PLANS = {
     ),
 }
 RECOMPUTED = replace(PREPARED, recompute=True)
+RECOMPUTED_WITH_PRODUCTS = replace(RECOMPUTED, products=True)
 RECOMPUTED_IN_SPANS = replace(WHOLE, recompute=True, span=32)
 RECOMPUTED_IN_MATRICES = replace(RECOMPUTED, span=32)
 
@@ -179,7 +180,19 @@ def test_span_maps_of_ranks_are_cut_into_spans(name, by_plan):
         ),  # one state's map knows nothing of the other
         ("delta_of_other_keys", RECOMPUTED_IN_MATRICES),
         ("delta_and_sum", RECOMPUTED_IN_MATRICES),
-        ("delta_of_heads", RECOMPUTED),
+        (
+            "delta_of_heads",
+            RECOMPUTED_WITH_PRODUCTS,
+        ),  # its parameter's gradient is a sum of numbers
+        ("gated_delta", RECOMPUTED),
+        ("scalar", RECOMPUTED_WITH_PRODUCTS),  # nothing is solved, but <S, d.S> is carried
+        ("between", RECOMPUTED),
+        ("two_feedbacks", RECOMPUTED_WITH_PRODUCTS),
+        ("read_twice", RECOMPUTED_WITH_PRODUCTS),
+        (
+            "scaled_by_heads",
+            RECOMPUTED_WITH_PRODUCTS,
+        ),  # its vector's gradient needs states of chunks
     ],
 )
 def test_programs_by_other_plans(name, choice, by_plan):
@@ -295,32 +308,40 @@ def test_loops_over_keys(name, by_plan):
         ("linear_attention", RECOMPUTED),
         ("linear_attention", RECOMPUTED_IN_SPANS),
         ("delta_rule", RECOMPUTED),
-        ("delta_rule", RECOMPUTED_IN_MATRICES),
+        ("delta_rule", replace(RECOMPUTED_WITH_PRODUCTS, span=32)),
+        ("gated_delta_rule", RECOMPUTED),
+        ("gated_delta_rule", replace(RECOMPUTED_WITH_PRODUCTS, span=32)),
+        ("gated_delta_rule", replace(RECOMPUTED_WITH_PRODUCTS, section=32, overlap=True)),
+        ("mamba2", replace(RECOMPUTED_WITH_PRODUCTS, span=32)),
         ("retention", RECOMPUTED),
+        ("gla", RECOMPUTED),
     ],
 )
 def test_gradients_by_scans_of_their_own(name, choice, by_plan):
-    """Nothing of chunks is stored; where a gate's gradient needs two states at once, what it needs is."""
+    """Nothing of chunks is stored; where a gradient of vectors needs two states at once, what it needs is."""
     by_plan(choice)
     check(BY_NAME[name], Sizes(B=2, T=70, H=1, K=40, V=20))
     made = compiled._executables.values()
     (backward,) = (e.plan for e in made if e.plan.direction == "backward")
     names = {k.name for k in backward.kernels}
-    stored = [v for k in backward.kernels for v in k.written if v.per == "chunk"]
-    if name == "retention":
+    stored = [v for k in backward.kernels for v in k.written if v.per == "chunk" and v.axes]
+    if name == "gla":
         assert stored
         assert not {"states_keys", "adjoint_keys"} & names
-    else:
-        assert not stored
-        assert {"states_keys", "adjoint_keys"} <= names
-    assert ("adjoint_spans_matrix" in names) == (choice is RECOMPUTED_IN_MATRICES)
+        return
+    assert not stored
+    assert {"states_keys", "adjoint_keys"} <= names
+    solves, gates = "delta" in name, name in ("gated_delta_rule", "mamba2", "retention")
+    assert ("adjoint_spans_matrix" in names) == (choice.span > 0 and solves)
+    assert ("products" in names) == choice.products
     written = {k.name: {v.name for v in k.written} for k in backward.kernels}
-    assert any("dS_kept" in values for values in written.values()) == (name == "delta_rule")
-    assert sum("dS_start" in values for values in written.values()) == 1
-    if name == "delta_rule":
-        assert written["states_keys"] == {"dq", "dk", "dbeta_1"}
-        assert written["adjoint_keys"] == {"dk", "dbeta_2"}
-        assert written["adjoint"] == {"dS_kept", "dS_start", "dy_1", "dv", "dbeta_0"}
+    assert any("dS_kept" in values for values in written.values()) == (solves or gates)
+    start = "dS_out" if choice.section else "dS_start"
+    assert sum(start in values for values in written.values()) == 1
+    assert "dq" in written["states_keys"]
+    assert "dk" in written["adjoint_keys"]
+    assert ("dk" in written["states_keys"]) == solves
+    assert ("S_product" in written["adjoint_keys"]) == gates
 
 
 @pytest.mark.parametrize(
@@ -331,6 +352,7 @@ def test_gradients_by_scans_of_their_own(name, choice, by_plan):
         ("gated_delta_rule", "spans"),
         ("linear_attention", RECOMPUTED_IN_SPANS),
         ("delta_rule", RECOMPUTED_IN_MATRICES),
+        ("gated_delta_rule", RECOMPUTED_WITH_PRODUCTS),
         ("retention", "products"),
         ("gated_delta_rule", "products"),
     ],
@@ -380,6 +402,59 @@ def test_resets_and_strong_decays(name):
     actual = differentiated(kernels, *rounded)
     expected = differentiated(case.recurrence.with_options(implementation="torch"), *exact)
     assert_close(actual, expected)
+
+
+def test_inner_products_are_carried_through_resets(by_plan):
+    """Behind a reset in the middle of a chunk nothing is left of sums a million times as large."""
+    by_plan(RECOMPUTED_WITH_PRODUCTS)
+    case, sizes = BY_NAME["gated_delta_rule"], Sizes(B=1, T=128, H=1, K=8, V=6)
+    v, after = make_inputs(case, sizes)[0]["v"], torch.arange(128) + 8
+    large, reset = after // 16 % 2 == 0, after % 16 == 0
+    v = v * torch.where(large, 1e6, 1.0)[None, :, None, None]
+    gates = torch.where(reset, -40.0, -0.1).to(v.dtype)[None, :, None]
+    (exact, _), (rounded, _) = single(sizes, case, g=gates, v=v)
+    found = []
+    for call, given in (
+        (case.recurrence.reference, exact),
+        (case.recurrence.with_options(implementation="triton"), rounded),
+    ):
+        leaves = [x.requires_grad_() for x in given.values()]
+        (dg,) = torch.autograd.grad(call(*leaves).sum(), [given["g"]])
+        found.append(dg.double()[:, ~large & ~reset])
+    assert (found[1] - found[0]).norm() < 1e-4 * found[0].norm()
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
+@pytest.mark.parametrize("decay", [-0.1, -0.5])
+def test_nothing_is_left_of_large_inner_products(name, decay, by_plan, monkeypatch):
+    """Behind the last token with a gradient a gate has none; large values that decayed leave it exact as well."""
+    by_plan(RECOMPUTED_WITH_PRODUCTS)
+    monkeypatch.setattr(plans, "KEPT_SPAN", 128)
+    case, sizes = BY_NAME[name], Sizes(B=1, T=128, H=1, K=8, V=6)
+    inputs, token = make_inputs(case, sizes)[0], torch.arange(128)
+    gates = torch.full_like(inputs["g"], decay)
+    v = inputs["v"] * torch.where(token < 32, 1e5, 1.0)[None, :, None, None]
+    (exact, _), (rounded, _) = single(sizes, case, g=gates, v=v)
+    found = []
+    for call, given in (
+        (case.recurrence.reference, exact),
+        (case.recurrence.with_options(implementation="triton"), rounded),
+    ):
+        leaves = [x.requires_grad_() for x in given.values()]
+        o = call(*leaves)
+        weights = torch.linspace(1, 2, 6, dtype=o.dtype).expand_as(o)
+        short = weights * (token < 40)[None, :, None, None]
+        found.append(
+            [
+                torch.autograd.grad(o, [given["g"]], w, retain_graph=True)[0]
+                for w in (weights, short)
+            ]
+        )
+    (whole, _), (actual, ended) = found
+    assert ended[:, :40].abs().max() > 0
+    assert (ended[:, 48:] == 0).all()
+    if decay == -0.5:
+        assert (actual - whole)[:, 64:].norm() < 1e-3 * whole[:, 64:].norm()
 
 
 def test_grouped_heads():

@@ -49,6 +49,7 @@ TEXTS = {
     + "  step z\n    update k (x) 1\n" + READ + "  read n = q' z\n  output r + n * v",
     "delta_of_heads": HEAD + "  step S\n    update k (x) sigmoid(a) * v\n    update k (x) -sigmoid(a) * (k' S)\n"
     + READ + "  output r",
+    "scaled_by_heads": HEAD + "  step S\n    decay log g\n    update k * u (x) v\n" + READ + "  output r",
     "other_key": HEAD + "  step S\n    decay log w\n    update k (x) v\n"
     "    update x * b (x) -1 * (x' S) before\n" + READ + "  output r",
     "two_feedbacks": HEAD + "  step S\n    decay log g\n    update k (x) v\n"

@@ -12,6 +12,7 @@ import pytest
 from scopes import out_of_scope
 
 from lmoe_compiler.bench.plans import request_of
+from lmoe_compiler.codegen.rules import by_rule
 from lmoe_compiler.codegen.triton import print_module
 from lmoe_compiler.models import RECURRENCES
 
@@ -39,9 +40,11 @@ def test_names_of_a_loop_are_seen_after_it():
 
 
 def gradients_of(name: str) -> str:
-    """The text of a kernel by the rules' plan, at K = V = 128."""
+    """The text of a kernel by the rules' plan that stores states of chunks, at K = V = 128."""
     request = request_of(RECURRENCES[name].program(), "backward", (2, 16384, 16, 128))
-    text, _ = print_module(request.plan(request.choice()), [])
+    program, call, (batch, length) = request.program, request.call, request.lengths
+    choice = by_rule(program, "backward", call, batch, length, may_recompute=False)
+    text, _ = print_module(request.plan(choice), [])
     kernels = re.split(r"@triton.jit.*\ndef ", text)
     return next(kernel for kernel in kernels if kernel.startswith(f"{name}_backward_gradients("))
 

@@ -27,7 +27,15 @@ pytestmark = [
 ]
 
 BY_NAME = {case.name: case for case in CASES}
-ONE_OF_EACH = ("linear_attention", "simple_gla", "gla", "gated_delta_rule", "kda", "slstm")
+ONE_OF_EACH = (
+    "linear_attention",
+    "simple_gla",
+    "gla",
+    "delta_rule",
+    "gated_delta_rule",
+    "kda",
+    "slstm",
+)
 WALKED = [name for name, row in ROWS.items() if build(row.recurrence.ir) is None]
 WALKED_MODELS = [name for name, recurrence in RECURRENCES.items() if build(recurrence.ir) is None]
 half = torch.bfloat16
@@ -244,12 +252,14 @@ def test_gradients_beyond_32_bits(name):
         near([output[row : row + 1], *(g[row : row + 1] for g in grads)], small, 0.005)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_small_calls_for_the_sanitizer(name):
-    """Ragged lengths and widths, packed documents, a step, a span map: everything that masks addresses."""
-    sizes = Sizes(1, 75, 2, 24, 20)
-    inputs, states = prepared(name, sizes)
-    call, offsets = generated(name), torch.tensor([0, 1, 40, 40, 75], dtype=torch.int32).cuda()
+@pytest.mark.parametrize(("T", "K", "V"), [(75, 24, 20), (600, 72, 68)])
+@each
+def test_small_calls_for_the_sanitizer(name, T, K, V):
+    """Ragged lengths and widths, packed documents, a step, a span map: everything that masks addresses; and more than
+    a span of what a forward keeps, where gradients are written by scans of their own.
+    """
+    inputs, states = prepared(name, Sizes(1, T, 2, K, V))
+    call, offsets = generated(name), torch.tensor([0, 1, 40, 40, T], dtype=torch.int32).cuda()
     grads_of(call, inputs)
     grads_of(lambda *xs: call(*xs, cu_seqlens=offsets), inputs)
     tokens = {i for i, var in enumerate(RECURRENCES[name].inputs) if var.kind == "token"}

@@ -59,22 +59,21 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "shape", "section"),
     [
-        ("simple_gla", (2, 16384, 16, 128), 4096),  # as few tokens as keep all SMs busy
-        (
-            "simple_gla",
-            (4, 2048, 16, 128),
-            512,
-        ),  # short, and its scans need not be cut to fill them
-        ("gla", (4, 2048, 16, 128), 1024),
-        ("simple_gla", (1, 8192, 16, 128), 0),  # eight spans side by side would be lost
+        ("gla", (2, 16384, 16, 128), 4096),  # as few tokens as keep all SMs busy
+        ("gla", (4, 2048, 16, 128), 1024),  # short, and its scans need not be cut to fill them
+        ("gla", (1, 8192, 16, 128), 0),  # eight spans side by side would be lost
+        ("simple_gla", (4, 2048, 16, 128), 0),  # nothing of chunks is stored
+        ("simple_gla", (2, 16384, 16, 128), 4096),  # the adjoint leaves room for gradients
+        ("simple_gla", (1, 65536, 8, 128), 0),  # it is cut in spans
+        ("gated_delta_rule", (8, 1024, 8, 64), 0),
         ("simple_gla", (1, 1024, 2, 64), 0),  # a few MiB
         ("gla", (8, 1024, 8, 64), 0),  # its states take no more than its inputs
-        ("gated_delta_rule", (8, 1024, 8, 64), 512),
         ("kda", (8, 1024, 8, 64), 512),
         ("delta_rule", (4, 2048, 16, 128), 0),  # nothing of chunks is stored
         ("delta_rule", (1, 8192, 96, 128), 0),
         ("delta_rule", (2, 16384, 16, 128), 4096),  # the adjoint leaves room for gradients
-        ("delta_rule", (8, 2048, 32, 256), 1024),
+        ("delta_rule", (8, 2048, 32, 256), 0),
+        ("kda", (8, 2048, 32, 256), 1024),
     ],
 )
 def test_a_backward_goes_in_sections_where_that_costs_little(name, shape, section):
@@ -99,7 +98,16 @@ B16, NARROW, WIDE = (2, 16384, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)
         ("delta_rule", "forward", (1, 2048, 8, 128), "scan", Tuning(16, 0, 4, 3, offsets=True)),
         ("linear_attention", "forward", (4, 2048, 16, 128), "scan", Tuning(64, 0, 4, 3)),
         ("linear_attention", "backward", WIDE, "states_keys", Tuning(128, 0, 8, 3)),
-        ("gla", "forward", B16, "scan", Tuning(64, 0, 4, 4, offsets=True)),
+        ("gla", "forward", B16, "scan", Tuning(64, 0, 4, 4, offsets=True, ahead=True)),
+        ("gla", "backward", B16, "states", Tuning(64, 0, 4, 3, offsets=True)),
+        ("kda", "backward", B16, "states", Tuning(64, 0, 4, 3, offsets=True, ahead=True)),
+        ("kda", "backward", B16, "adjoint", Tuning(32, 0, 4, 4)),
+        ("rwkv7", "backward", B16, "adjoint", Tuning(32, 0, 4, 4, ahead=True)),
+        ("delta_rule", "backward", B16, "products", Tuning(0, 0, 2, 2, inner=64, registers=168)),
+        ("gated_delta_rule", "backward", B16, "products", Tuning(0, 0, 2, 2, inner=64)),
+        ("gated_delta_rule", "backward", WIDE, "states_keys", Tuning(32, 0, 4, 2, offsets=True)),
+        ("delta_rule", "backward", NARROW, "adjoint_keys", Tuning(32, 0, 2, 3, offsets=True)),
+        ("mamba2", "backward", B16, "adjoint_keys", Tuning(64, 0, 4, 3, offsets=True, ahead=True)),
         ("delta_rule", "forward", (1, 2048, 32, 128), "scan", Tuning(64, 0, 4, 3, offsets=True)),
         ("linear_attention", "backward", (4, 2048, 16, 128), "adjoint", Tuning(64, 0, 4, 3)),
         ("linear_attention", "backward", B16, "adjoint", Tuning(64, 0, 4, 2)),
@@ -152,8 +160,8 @@ def test_few_heads_are_scanned_in_spans_whose_maps_are_matrices(shape, span):
     program = RECURRENCES["delta_rule"].program()
     assert request_of(program, "forward", shape).rule().span == span
     assert request_of(program, "forward", shape, "fp32").rule().span == 0
-    gated = RECURRENCES["gated_delta_rule"].program()
-    assert request_of(gated, "backward", shape).rule().span == 0
+    kda = RECURRENCES["kda"].program()
+    assert request_of(kda, "backward", shape).rule().span == 0
     others = request_of(RECURRENCES["rwkv7"].program(), "forward", shape).rule().span
     assert others == (span if shape[1] == 65536 else 0)
 
@@ -181,9 +189,14 @@ def test_an_adjoint_that_leaves_nothing_of_chunks_is_cut_too(shape, span):
         ("linear_attention", 32, True),
         ("delta_rule", 32, False),  # states take no more than rows
         ("delta_rule", 64, True),
-        ("delta_rule", 256, False),
+        ("delta_rule", 256, True),
         ("ttt_linear", 64, True),
-        ("gated_delta_rule", 128, False),  # its gates' gradients need two states at once
+        ("gated_delta_rule", 64, True),
+        ("kda", 128, False),  # gradients of vectors need two states at once
+        ("simple_gla", 128, True),
+        ("simple_gla", 64, False),
+        ("simple_gla", 256, False),
+        ("mamba2", 128, True),
     ],
 )
 def test_gradients_by_scans_of_their_own(name, size, recompute):
@@ -191,9 +204,9 @@ def test_gradients_by_scans_of_their_own(name, size, recompute):
     assert rule.recompute == recompute
 
 
-def test_a_parameter_of_heads_needs_states_of_chunks():
-    """Its gradient is no row that a scan could write: sections and tiles are those of a plan that stores them."""
-    program = programs.program("delta_of_heads")
+def test_a_state_that_is_a_vector_needs_states_of_chunks():
+    """Sections and tiles are those of a plan that stores them."""
+    program = programs.program("delta_and_sum")
     rule = request_of(program, "backward", (8, 2048, 32, 128)).rule()
     assert (rule.recompute, rule.section) == (False, 1024)
     assert rule.tuning("adjoint_keys") == rule.default

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.simplify import merge_levels, merge_running, merge_sums, sum_of_products
+from lmoe_compiler.codegen.simplify import merge_levels, merge_running, merge_sums
 from lmoe_compiler.codegen.tile import Builder
 from lmoe_compiler.ir.nodes import Node, input_, topological
 
@@ -102,20 +102,3 @@ def test_loaded_values_stay_terms_of_their_own():
     (found,) = merge_sums(build, [total], closure([total], cut), cut, merge_levels)
     kept = [n for n in topological([found]) if n.op == "level_sum"]
     assert set(kept) == {own, loaded}
-
-
-def test_keys_of_a_sum_over_pairs_are_contracted_last():
-    """sum_s w (q k)^2: one of two equal products stays a factor; a product alone stays as it is."""
-    q, k, w = input_("q", ("t", "K")), input_("k", ("s", "K")), input_("w", ("t", "s"))
-    build = Builder()
-    pairs = build.make("dot", q, k, axis="K")
-
-    def summed(*factors: Node) -> Node:
-        return build.make("sum", build.scaled(factors[0], factors[1:]), axis="s")
-
-    for factors in ((w, pairs), (w, pairs, pairs)):
-        found = sum_of_products(build, summed(*factors))
-        assert found["axis"] == "K"
-        (product,) = (n for n in topological([found]) if n.op == "dot" and n["axis"] == "s")
-        assert sum(n is pairs for n in product.args[1].args) == len(factors) - 2
-    assert sum_of_products(build, summed(pairs)) == summed(pairs)

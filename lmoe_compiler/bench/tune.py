@@ -77,8 +77,9 @@ def candidates(request: Request) -> Iterator[Choice]:
     if not request.is_step:
         yield from _otherwise_cut(request, first)
     for kernel in (k for k in request.plan(first).kernels if k.levels != "far"):
-        loops = kernel.order != "parallel" or bool(kernel.inner)
-        for tuning in neighbours(first.tuning(kernel.name), loops=loops):
+        scan = kernel.order != "parallel"
+        loops = scan or bool(kernel.inner)
+        for tuning in neighbours(first.tuning(kernel.name), loops=loops, scan=scan):
             changed = {**dict(first.kernels), kernel.name: tuning}
             yield replace(first, kernels=tuple(changed.items()))
 
@@ -86,7 +87,8 @@ def candidates(request: Request) -> Iterator[Choice]:
 def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
     """Other chunks, spans and sections, and more or less of what is stored before a scan, or for gradients."""
     call, (batch, length) = request.call, request.lengths
-    solves = Kind.of(request.program, call).solves
+    kind = Kind.of(request.program, call)
+    solves = kind.solves
     for chunk in {32, 64} - {first.chunk}:
         yield replace(first, chunk=chunk)
     if first.prepare:
@@ -94,6 +96,8 @@ def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
     else:
         yield replace(first, prepare=True)
     if first.recompute:
+        if not kind.still:
+            yield replace(first, products=not first.products)
         yield by_rule(request.program, request.tuned_as, call, batch, length, may_recompute=False)
         if first.section:
             yield replace(first, section=0, overlap=False)
@@ -106,8 +110,10 @@ def _otherwise_cut(request: Request, first: Choice) -> Iterator[Choice]:
                 yield replace(first, span=span)
 
 
-def neighbours(tuning: Tuning, *, loops: bool) -> Iterator[Tuning]:
-    """Twice and half the warps, the tiles, or both; in a loop over chunks or tiles one stage more and one less."""
+def neighbours(tuning: Tuning, *, loops: bool, scan: bool = False) -> Iterator[Tuning]:
+    """Twice and half the warps, the tiles, or both; in a loop over chunks or tiles one stage more and one less; in a
+    scan all loads ahead or not; other registers.
+    """
     for half in (True, False):
         scaled = [_scaled(tuning, "num_warps", half, range(1, 9))]
         for name in ("block", "inner"):
@@ -117,6 +123,9 @@ def neighbours(tuning: Tuning, *, loops: bool) -> Iterator[Tuning]:
     for stages in (tuning.num_stages - 1, tuning.num_stages + 1):
         if loops and 1 <= stages <= 4:
             yield replace(tuning, num_stages=stages)
+    if scan:
+        yield replace(tuning, ahead=not tuning.ahead)
+    yield replace(tuning, registers=0 if tuning.registers else 168)
 
 
 def _scaled(tuning: Tuning, name: str, half: bool, allowed: range) -> Tuning | None:

@@ -189,12 +189,14 @@ class Addresses:
         slot = self.slot
         if whole and value.per == "chunk":
             slot = "(i_n.to(tl.int64) * tl.cdiv(T_ALL, C) + T_0 // C + i_c)"
+        if value.per == "span":
+            slot = f"({self.first_slot(value)} + {self.span_index(value)}).to(tl.int64)"
         if value.parts:
-            slot = f"({self.part(part)} * {self.slots(whole)} + {slot})"
+            slot = f"({self.part(part)} * {self.slots(value)} + {slot})"
         index = {
             "chunk": f"({slot} * H + i_h)",
             "sequence": "(i_n.to(tl.int64) * H + i_h)",
-            "span": f"(({self.first_slot(value)} + {self.span_index(value)}).to(tl.int64) * H + i_h)",
+            "span": f"({slot} * H + i_h)",
             "head": "i_h",
         }[value.per]
         return self.state_block(name, index, value.axes)
@@ -206,11 +208,13 @@ class Addresses:
         (axis,) = self.kernel.tile_sizes
         return f"i_{axis_name(axis)}.to(tl.int64)"
 
-    def slots(self, whole: bool) -> str:
-        """How many slots the chunks of all sequences have."""
+    def slots(self, value: Value) -> str:
+        """How many slots the chunks or spans of all sequences have."""
+        tokens = value.span if value.per == "span" else "C"
         if self.plan.varlen:
-            return "(TOKENS // C + N)"
-        return f"(TOKENS // T * tl.cdiv({'T_ALL' if whole else 'T'}, C))"
+            return f"(TOKENS // {tokens} + N)"
+        length = "T_ALL" if value.whole and self.sectioned else "T"
+        return f"(TOKENS // T * tl.cdiv({length}, {tokens}))"
 
     def first_slot(self, value: Value) -> str:
         """The first slot of this sequence (and section) among all sequences' spans."""
@@ -234,12 +238,17 @@ class Addresses:
         )
 
     def load(self, value: Value, other: float = 0.0) -> Block:
+        text, dims = self.loaded(value, other)
+        return self.assign(identifier(value.name), text, dims, "raw")
+
+    def loaded(self, value: Value, other: float = 0.0) -> tuple[str, tuple[str, ...]]:
+        """A value of the plan, the sum of its parts, and its dimensions."""
         name = identifier(value.name)
         self.args[name] = value
         places = [self.place(value, name, part) for part in range(value.parts)]
         *_, (_, _, dims) = places = places or [self.place(value, name)]
         texts = [self.load_text(pointers, mask, other) for pointers, mask, _ in places]
-        return self.assign(name, " + ".join(texts), dims, "raw")
+        return " + ".join(texts), dims
 
     def input(self, node: Node) -> Block:
         if node.name == VALID:

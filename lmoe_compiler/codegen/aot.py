@@ -65,6 +65,7 @@ def compile_kernel(
     *,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
     arch: int = 90,
     aligned: Iterable[str] | None = None,
 ) -> Any:
@@ -82,7 +83,7 @@ def compile_kernel(
         aligned = [n for n, t in signature.items() if t.startswith("*")]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     return triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmoe_compiler import layout
 from lmoe_compiler.codegen import first_use, miscompiled, sequential, stepping, tuned
-from lmoe_compiler.codegen.backward import backward_plan, recomputing_plan
+from lmoe_compiler.codegen.backward import backward_plan
 from lmoe_compiler.codegen.cost import device
 from lmoe_compiler.codegen.describe import header, lines
 from lmoe_compiler.codegen.extent import Extent
@@ -29,6 +29,7 @@ from lmoe_compiler.codegen.miscompiled import avoided
 from lmoe_compiler.codegen.names import printable
 from lmoe_compiler.codegen.plan import KEPT_SPAN, OUTPUT, Call, Choice, Plan, Value, kept_states
 from lmoe_compiler.codegen.prepared import Prepared
+from lmoe_compiler.codegen.recomputing import recomputing_plan
 from lmoe_compiler.codegen.rules import by_rule
 from lmoe_compiler.codegen.supported import DTYPES, axis_sizes
 from lmoe_compiler.config import Options

@@ -84,8 +84,8 @@ def estimate(plan: Plan) -> list[Cost]:
 
 def _cost(plan: Plan, kernel: Kernel) -> Cost:
     cut = {load.node: load.value for load in kernel.loads}
-    roots = [*(s.node for s in kernel.stores), *(c.following for c in kernel.carries)]
-    nodes = closure(roots, cut)
+    stores = (s.node for s in (*kernel.stores, *kernel.ends))
+    nodes = closure([*stores, *(c.following for c in kernel.carries)], cut)
     sizes = plan.size_of | {ROW: plan.chunk, SOURCE: plan.chunk}
     chunks = sympy.ceiling(T / plan.chunk)
     tiles = prod(-(-plan.size_of[axis] // block) for axis, block in kernel.tiles)
@@ -110,7 +110,7 @@ def _moved(
 ) -> Iterator[Value]:
     kinds = {var.name: var.kind for var in plan.program.inputs}
     yield from cut.values()
-    yield from (s.value for s in kernel.stores)
+    yield from (s.value for s in (*kernel.stores, *kernel.ends))
     for node in nodes:
         if node.op == "input" and node not in cut:
             axes = tuple(a for a in node.axes if a not in (ROW, SOURCE))

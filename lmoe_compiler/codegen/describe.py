@@ -36,7 +36,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"chunks of {plan.chunk} tokens, {len(plan.kernels)} kernels{sections}"
     for kernel in plan.kernels:
         loads = _names(load.value.name for load in kernel.loads)
-        stores = _names(store.value.name for store in kernel.stores)
+        stores = _names(store.value.name for store in (*kernel.stores, *kernel.ends))
         yield f"{kernel.name}: {_walk(kernel)}; loads {loads}; stores {stores}; {_tuning(kernel)}"
 
 
@@ -62,7 +62,10 @@ def _names(names: Iterator[str]) -> str:
 def _tuning(kernel: Kernel) -> str:
     tiles = "".join(f"{axis} in tiles of {size}, " for axis, size in kernel.tiles)
     tiles += "".join(f"a loop over {axis} in tiles of {size}, " for axis, size in kernel.inner)
-    return f"{tiles}{kernel.tuning.num_warps} warps, {kernel.tuning.num_stages} stages"
+    tuning = kernel.tuning
+    rest = ", all loads ahead" if tuning.ahead else ""
+    rest += f", {tuning.registers} registers at most" if tuning.registers else ""
+    return f"{tiles}{tuning.num_warps} warps, {tuning.num_stages} stages{rest}"
 
 
 def _recurrence(plan: Plan) -> list[str]:

@@ -253,7 +253,8 @@ class Expressions(Addresses):
         block = self.clean(None, block, axis) if node.op == "sum" else block
         return self.assign("", f"tl.{node.op}({block.text}, {position})", dims)
 
-    def store(self, node: Node, value: Value) -> None:
+    def store(self, node: Node, value: Value, at_end: bool = False) -> None:
+        """A store in the loop over chunks, of spans at their start (of gradients at their end); `at_end` after it."""
         block = self.emit(node)
         name = identifier(value.name)
         self.args[name] = value
@@ -270,7 +271,7 @@ class Expressions(Addresses):
             masks += [f"(i_{axis_name(a)} == 0)" for a in self.kernel.tile_sizes if a not in dims]
         tail = f", mask={' & '.join(masks)}" if masks else ""
         cast = f"({text}).to({name}.dtype.element_ty)"
-        inside = value.per == "span" and value.span > self.plan.chunk
+        inside = value.per == "span" and value.span > self.plan.chunk and not at_end
         if inside:
             chunks = value.span // self.plan.chunk
             last = f"(i_c % {chunks} == {chunks - 1}) | (i_c == n_c - 1)"

@@ -8,33 +8,33 @@ axis that it does not contract. Where that is so of all, nothing of chunks has t
     dv   their gradients reverse, values in tiles
 
 A gradient that needs both is a sum of terms that need one each, once the solves' results are rows in memory. A scan
-leaves the sum of its terms; the last one adds what the others left, and row sums are added up at the end:
+leaves the sum of its terms; the last one adds what the others left. Gradients of numbers are added up at the end from
+what scans leave of them (row_sums.py).
 
     dk      -beta S dy - ...                forward          + y d.S + ...   reverse
-    dbeta   sum_K k (S dy + ...), in parts  forward          + sum_V v dy    reverse, values in tiles
 
-Before: partition.py's kernels. Used by backward.py.
+Before: partition.py's kernels. Used by backward.py and recomputing.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lmoe_compiler.codegen.plan import Carry, Store, Value
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.simplify import signed, sum_of_products, terms_of
+from lmoe_compiler.codegen.simplify import factors_of, signed, terms_of
 from lmoe_compiler.codegen.tile import Builder
 from lmoe_compiler.codegen.tiling import split
-from lmoe_compiler.ir.nodes import Node
+from lmoe_compiler.ir.nodes import ROW, Node
 
 
 @dataclass
 class Scan:
-    """A scan that may write gradients, and those that it writes.
+    """A scan that may write gradients, and those that it writes. Without carries it is a kernel parallel over chunks.
 
     position   of the axis that it is tiled along, in what it carries
-    without    carried values of the other direction, which it knows nothing of
+    without    carried values that it knows nothing of
     """
 
     carries: Sequence[Carry]
@@ -48,6 +48,10 @@ class Scan:
         """Whether it can write a gradient: tiled as what it carries, or a number a token summed over its tiles."""
         if any(depends.get(n, frozenset()) & self.without for n in closure([store.node], stored)):
             return False
+        if not self.carries:
+            # What is made of numbers alone needs no kernel of its own.
+            needed = closure([store.node], stored)
+            return not store.value.axes and any({*n.axes} - {ROW} for n in needed)
         scan = closure([carry.following for carry in self.carries], stored)
         axes = dict.fromkeys(carry.axes[self.position] for carry in self.carries if carry.axes)
         tiled = [a for a in axes if _uncontracted(scan, a, stored)]
@@ -57,6 +61,35 @@ class Scan:
         return bool(tiled) and all(
             axis in store.value.axes and _uncontracted(own, axis, stored) for axis in tiled
         )
+
+    def tiled_rows_scaled(self, stored: Container[Node]) -> list[Carry]:
+        """What it carries, with row factors on those operands of products over rows whose blocks are tiles.
+
+        The others are read as they lie in memory, which costs no registers.
+        """
+        tiled = {carry.axes[self.position] for carry in self.carries if carry.axes}
+        build, done = Builder(), dict[Node, Node]()
+        for node in closure([carry.following for carry in self.carries], stored):
+            args = [done[a] for a in node.args] if node not in stored else list(node.args)
+            if node.op == "dot" and node["axis"] == ROW and node not in stored:
+                args = _scaled(build, args, tiled, stored)
+            same = all(x is y for x, y in zip(args, node.args, strict=True))
+            done[node] = node if same else build.make(node.op, *args, like=node, **dict(node.attrs))
+        return [replace(carry, following=done[carry.following]) for carry in self.carries]
+
+
+def _scaled(
+    build: Builder, operands: list[Node], tiled: Container[str], stored: Container[Node]
+) -> list[Node]:
+    """The operands of a product over rows, the row factors of one without tiled axes on the other."""
+    for whole, other in (operands, operands[::-1]):
+        factors = factors_of(whole, stored)
+        rows = [f for f in factors if f.axes == (ROW,)]
+        rest = [f for f in factors if f.axes != (ROW,)]
+        has = [any(a in tiled for a in x.axes) for x in (whole, other)]
+        if rows and len(rest) == 1 and has == [False, True]:
+            return [rest[0], build.scaled(other, rows)]
+    return operands
 
 
 def _uncontracted(nodes: Sequence[Node], axis: str, stored: Mapping[Node, Value]) -> bool:
@@ -82,52 +115,50 @@ def shared_out(
     scans: Sequence[Scan],
     stored: Mapping[Node, Value],
     depends: Mapping[Node, frozenset[str]],
-    in_terms: bool = False,
 ) -> list[Store]:
-    """Gives each gradient, or `in_terms` its terms, to a scan that can write it; what remains to be computed.
-
-    Those of `scans` that are tiled along the same axes are in the order in which they run.
-    """
+    """Gives each gradient to the first scan that can write it; what remains to be computed."""
     late: list[Store] = []
     for store in outputs:
         scan = next((s for s in scans if s.writes(store, stored, depends)), None)
         if scan and store.value.axes:
             scan.stores.append(store)
         else:
-            rest = _in_terms(store, scans, stored, depends) if in_terms else store
-            late += [rest] if rest else []
+            late.append(store)
     return late
 
 
-def _in_terms(
+def in_terms(
     store: Store,
     scans: Sequence[Scan],
     stored: Mapping[Node, Value],
     depends: Mapping[Node, frozenset[str]],
-) -> Store | None:
-    """Each term to the last scan that can write it. A gradient one of whose terms none can remains as it is, and of
-    row sums that several scans leave, their sum.
+) -> bool:
+    """Gives each term of a gradient to the last scan that can write it; False, and nothing given, where one has none.
+
+    Those of `scans` that are tiled along the same axes are in the order in which they run.
     """
-    if not store.value.axes and store.value.per != "row":
-        return store
     build = Builder()
     found: dict[int, list[tuple[int, Node]]] = {}
     for sign, term in terms_of(store.node, 1, stored):
-        term = sum_of_products(build, term)
-        one = replace(store, node=term)
-        able = [i for i, s in enumerate(scans) if s.writes(one, stored, depends)]
-        if not able:
-            return store
-        found.setdefault(able[-1], []).append((sign, term))
+        last = last_of(replace(store, node=term), scans, stored, depends)
+        if last is None:
+            return False
+        found.setdefault(last, []).append((sign, term))
     total: Node | None = None
     for i in sorted(found):
         own = signed(build, found[i])
+        # What the scans before it left is where the sum goes.
         total = own if total is None else build.make("add", total, own)
-        if store.value.axes:
-            # What the scans before it left is where the sum goes.
-            scans[i].stores.append(replace(store, node=total))
-        else:
-            part = Value(f"{store.value.name}_{i}", (), "vector", "fp32")
-            scans[i].stores.append(Store(own, part))
-    assert total is not None
-    return None if store.value.axes else replace(store, node=total)
+        scans[i].stores.append(replace(store, node=total))
+    return True
+
+
+def last_of(
+    store: Store,
+    scans: Sequence[Scan],
+    stored: Mapping[Node, Value],
+    depends: Mapping[Node, frozenset[str]],
+) -> int | None:
+    """The number of the last scan that can write a value."""
+    able = [i for i, s in enumerate(scans) if s.writes(store, stored, depends)]
+    return able[-1] if able else None

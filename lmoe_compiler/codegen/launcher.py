@@ -37,6 +37,8 @@ class Launcher:
             "num_warps": tuning.num_warps,
             "num_stages": tuning.num_stages,
         }
+        if tuning.registers:
+            self.options["maxnreg"] = tuning.registers
         # By device; compiled for aligned pointers and 32-bit lengths.
         self.compiled: dict[int | None, Any] = {}
         # Bytes that a thread keeps in memory for want of registers, as last compiled.

@@ -35,7 +35,11 @@ class Loops(Parallel):
         reverse = self.kernel.order == "reverse"
         rotated = self.print_first(reverse)
         first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
-        self.write(f"for {'i_r' if reverse else 'i_c'} in range({first}, {last}):")
+        tuning = self.kernel.tuning
+        over = f"range({first}, {last})"
+        if tuning.ahead:
+            over = f"tl.range({first}, {last}, num_stages={tuning.num_stages})"
+        self.write(f"for {'i_r' if reverse else 'i_c'} in {over}:")
         self.depth += 1
         if reverse:
             self.write(f"i_c = {last} - 1 - i_r" + (" + i_first" if self.kernel.span else ""))
@@ -54,6 +58,12 @@ class Loops(Parallel):
         for carry, name in zip(self.kernel.carries, names, strict=True):
             if carry.end is not None:
                 self.print_end(carry.end, name, carry.axes)
+        if self.kernel.ends:
+            # What the loop computed is of its last chunk.
+            for key in self.blocks.keys() - {id(c.leaf) for c in self.kernel.carries}:
+                del self.blocks[key]
+        for store in self.kernel.ends:
+            self.store(store.node, store.value, at_end=True)
         return self.lines
 
     def print_parameters(self) -> None:
@@ -84,7 +94,7 @@ class Loops(Parallel):
     def print_first(self, reverse: bool) -> list[tuple[Node, str]]:
         """The first chunk's blocks of rotated loads, before the loop."""
         nodes = [n for n in self.nodes if self.rotates(n)]
-        if not nodes or self.kernel.tuning.num_stages < 2:
+        if not nodes or self.kernel.tuning.num_stages < 2 or self.kernel.tuning.ahead:
             return []
         first, last = ("i_first", "i_last") if self.kernel.span else ("0", "n_c")
         self.write(f"i_c = {f'{last} - 1' if reverse else first}")
@@ -137,13 +147,12 @@ class Loops(Parallel):
         else:
             argument = identifier(carry.start.name)
             self.args[argument] = carry.start
-            pointers, mask, _ = self.place(carry.start, argument)
             # The first section, the last of the sequence, starts with nothing where the call is given nothing.
             nothing = any(p.into == carry.start and p.given is None for p in self.plan.passed)
             self.guard = "(T_0 + T < T_ALL)" if nothing else ""
-            self.write(
-                f"{name} = {self.load_text(pointers, mask)}.to(tl.float32)  # {self.shape(dims)}"
-            )
+            start, _ = self.loaded(carry.start)
+            start = f"({start})" if carry.start.parts else start
+            self.write(f"{name} = {start}.to(tl.float32)  # {self.shape(dims)}")
             self.guard = ""
         if carry.through is not None:
             self.print_through(carry, name, dims)

@@ -2,8 +2,8 @@
 
 A kernel is the closure of what it stores and carries, cut at what an earlier kernel stored. An axis that no node of
 the kernel contracts may be tiled over programs. `prepare`, a kernel parallel over chunks, stores factors that depend on
-no state: inverses of triangular systems, decayed products, scaled rows. Which kernels there are say forward.py and
-backward.py.
+no state: inverses of triangular systems, decayed products, scaled rows. Which kernels there are say forward.py,
+backward.py and recomputing.py.
 """
 
 from __future__ import annotations
@@ -91,24 +91,31 @@ class Partition:
         stores: Sequence[Store],
         span: int = 0,
         skip_last: bool = False,
-    ) -> None:
-        """A kernel that computes `stores` and the carries' next values; its loads follow from what is stored."""
+        ends: Sequence[Store] = (),
+        known: Mapping[Node, Value] | None = None,
+    ) -> Kernel:
+        """A kernel that computes `stores`, `ends` and the carries' next values; its loads follow from what is stored,
+        and from what else is `known`.
+        """
         leaves = {c.leaf for c in carries}
-        cut = {n: v for n, v in self.stored.items() if n not in leaves}
-        roots = [*(s.node for s in stores), *(c.following for c in carries)]
+        cut = {n: v for n, v in (self.stored | dict(known or {})).items() if n not in leaves}
+        roots = [*(s.node for s in (*stores, *ends)), *(c.following for c in carries)]
         nodes = closure(roots, cut)
         loads = tuple(Load(n, cut[n]) for n in nodes if n in cut)
         tuning = self.choice.tuning(name)
         blocks = (tuning.block, tuning.block_second)
         axes = [c.axes for c in carries] or [var.axes for var in self.program.states]
         following = [c.following for c in carries]
-        tiles, parts = self.tiles(order, nodes, cut, stores, following, axes, blocks)
-        stores = [
-            replace(s, value=replace(s.value, parts=parts[s.node], dtype="fp32"))
-            if s.node in parts
-            else s
-            for s in stores
-        ]
+        tiles, parts = self.tiles(order, nodes, cut, [*stores, *ends], following, axes, blocks)
+        stores, ends = (
+            [
+                replace(s, value=replace(s.value, parts=parts[s.node], dtype="fp32"))
+                if s.node in parts
+                else s
+                for s in each
+            ]
+            for each in (stores, ends)
+        )
         inner = (
             self.inner(nodes, cut, [axis for axis, _ in tiles], tuning.inner)
             if order == "parallel"
@@ -125,6 +132,7 @@ class Partition:
             span,
             inner,
             skip_last,
+            ends=tuple(ends),
         )
         sums = [n for n in nodes if n.op == "level_sum" and n not in cut]
         alone = order != "parallel" or not sums
@@ -132,6 +140,7 @@ class Partition:
         # States of spans are what other scans start from.
         left = (s for s in stores if s.node.op != "const" and s.value.per != "span")
         self.stored.update({s.node: s.value for s in left})
+        return kernel
 
     def tiles(
         self,
@@ -210,29 +219,37 @@ class Partition:
         return self.choice.span if any(c.through for c in carries) else 0
 
     def prepare(self, nodes: Sequence[Node], carried: frozenset[str]) -> None:
-        """Stores factors of products that depend on nothing carried: [C, C] blocks and, if chosen, scaled rows.
+        """The kernel that stores the factors of products which depend on nothing carried."""
+        if stores := self.factors(nodes, carried):
+            self.add("prepare", "parallel", (), stores)
+
+    def factors(
+        self, nodes: Sequence[Node], carried: frozenset[str], only_pairs: bool = False
+    ) -> list[Store]:
+        """Of products that depend on nothing carried but what is stored: [C, C] blocks and, if chosen, scaled rows.
 
         An inverse times computed values stays fp32, and multiplies in tf32: where keys repeat those sums cancel.
         """
-        depends = dependences(nodes, carried)
+        depends = dependences(nodes, carried, self.stored)
         levels, values = inside_levels(nodes), set(value_axes(self.program))
         if self.choice.recompute:  # gradients of keys are scanned too
             values |= {a for var in self.program.states for a in var.axes}
-        factors: dict[Node, Value] = {}
+        found: dict[Node, Value] = {}
         direct = _meets_loads(nodes)
         for node in nodes:
             if not (depends[node] or values & set(node.axes)) or node in levels:
                 continue
             for operand in node.args:
                 factor = operand.args[0] if operand.op == "rename" else operand
-                if factor in factors or depends[factor]:
+                if factor in found or factor in self.stored or depends[factor]:
                     continue
-                value = self.factor(node, factor, f"{len(factors)}")
+                if only_pairs and SOURCE not in factor.axes:
+                    continue
+                value = self.factor(node, factor, f"{len(self.stored) + len(found)}")
                 if value is not None:
                     solves = factor.op == "inverse" and factor not in direct
-                    factors[factor] = replace(value, dtype="fp32") if solves else value
-        if factors:
-            self.add("prepare", "parallel", (), [Store(f, v) for f, v in factors.items()])
+                    found[factor] = replace(value, dtype="fp32") if solves else value
+        return [Store(factor, value) for factor, value in found.items()]
 
     def factor(self, user: Node, factor: Node, number: str) -> Value | None:
         """The value that keeps `factor`, an operand of `user`, or None where scans compute it themselves."""

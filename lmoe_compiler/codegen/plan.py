@@ -24,6 +24,9 @@ class Tuning:
     inner                 tile of an axis that a kernel parallel over chunks loops over itself (0: whole)
     full                  products with a computed block take it in fp32 (tf32), not rounded to half precision
     offsets               a row's address is a base and offsets that are added up first, not pointers step by step
+    ahead                 in a scan every load is copied to shared memory while chunks before are worked on, not only
+                          those that products take as they are
+    registers             the most that a thread may have (0: 255): fewer let more programs share an SM
     """
 
     block: int = 64
@@ -33,6 +36,8 @@ class Tuning:
     inner: int = 0
     full: bool = False
     offsets: bool = False
+    ahead: bool = False
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,10 @@ class Choice:
     overlap    with sections: whether two are in memory, and their kernels run side by side
     prepare    whether [C, C] factors that depend on no state are computed once, in a kernel of their own
     prepare_rows   also the rows scaled by vector decays, and the chunk's total decay
-    products   backward only: contractions over the values' axis in a kernel of their own
+    products   backward only: contractions over the values' axis in a kernel of their own; with `recompute` those of
+               pairs, after the adjoint
     recompute  backward only: where each of their terms needs one carried value at most, gradients are written by scans
-               that carry it again, and nothing is stored of chunks
+               that carry it again, and nothing is stored of chunks (recomputing.py)
     kernels    tuning by kernel name; `default` for the others
     """
 
@@ -147,6 +153,7 @@ class Kernel:
     inner       axis that each program walks in tiles -> tile size; every other axis is whole in a program
     replay      `tokens_reverse`: states recomputed through each chunk, from its entry (start) to a scratch (end)
     sums        values added up over the tokens of a sequence, stored at its end
+    ends        of a scan: values of what it carries after the last chunk of a sequence or span, stored then
     kept        per-head inputs that stay in registers for the whole walk
     levels      which chunks' sums over levels are right: `all`, those of the `near` level only, or the `far` others
     reach       how far from 0 log decays sum up in a program's chunk: written by the near kernel, read by the far one
@@ -164,6 +171,7 @@ class Kernel:
     skip_last: bool = False
     replay: tuple[Carry, ...] = ()
     sums: tuple[Store, ...] = ()
+    ends: tuple[Store, ...] = ()
     kept: tuple[str, ...] = ()
     levels: Literal["all", "near", "far"] = "all"
     reach: Value | None = None
@@ -176,7 +184,7 @@ class Kernel:
     @property
     def roots(self) -> tuple[Node, ...]:
         """What the kernel computes: stored values, next values of what it carries."""
-        stores = [s.node for s in (*self.stores, *self.sums)]
+        stores = [s.node for s in (*self.stores, *self.sums, *self.ends)]
         return (*stores, *(c.following for c in (*self.carries, *self.replay)))
 
     @property
@@ -184,7 +192,8 @@ class Kernel:
         """Tensors that it writes."""
         ends = [c.end for c in (*self.carries, *self.replay) if c.end is not None]
         reach = [self.reach] if self.reach is not None and self.levels == "near" else []
-        return (*(s.value for s in (*self.stores, *self.sums)), *ends, *reach)
+        stores = (*self.stores, *self.sums, *self.ends)
+        return (*(s.value for s in stores), *ends, *reach)
 
     @property
     def read(self) -> tuple[Value, ...]:

@@ -16,8 +16,8 @@ chunk 32, 3 stages, solves     forward 131 + 518 against 337 + 441 at chunk 64; 
 chunk 64, scalar decay         one dependent product a chunk: the longer chunk halves the steps
 scalar decay, forward          pairs once, by 2 warps (83; 4 warps 98, 1 warp 89): scan 182 against 298, which keeps
                                all in registers without spills; at B1 T8192 H96 487 against 505
-scalar decay, backward         pairs once only where log decays are activations: Mamba-2 1866 against 2005 (its
-                               adjoint 291 against 484); simple GLA 1607 against 1559
+scalar decay, backward         with states of chunks, pairs once only where log decays are activations: Mamba-2 1866
+                               against 2005 (its adjoint 291 against 484); simple GLA 1607 against 1559
 prepare: 1 warp                the triangular inverse is latency: many small programs hide it (138; 4 warps 368)
 prepare, levels                16 keys and 1 warp (289; 2 warps 381; 64 keys, 4 warps 701); with solves 421 (540); its
                                loop over keys in 3 stages: GLA 251 (1 stage 285), KDA 343 (404), RWKV-7 801 with 2
@@ -43,24 +43,41 @@ gradients, no decay            in fp32 the same; else scans of their own that st
                                in 2: 173; others 217). K = V = 64: tiles of 64 in 3 stages, 28 (32: 50; others 47).
                                K = V = 256: pairs by prepare, tiles of 128, 8 warps, 3 stages, 1272 (2 stages 1839,
                                tiles of 64 1728; others 3584), no spills
-the same with decays           [C, C] decays take too many registers there, sums for gradients of gates even more:
-                               simple GLA 1601 (1138), RetNet 1875 (1214), Mamba-2 2102 (1358). fp32 spills 364 B
-gradients, scalar decay        tiles of 32 keys in 3 stages: 584, RetNet 604, no spills (2 stages 604, 617; of 64
-                               keys: 520 and 521, but 92 and 116 B, over the budget; tiles of values: 644, 671);
-                               Mamba-2 695. Sums over pairs taken from the products of queries and keys: 569, but dg 5
-                               times less exact
-the same with solves           scans for y and dy first: delta rule 1505 (1916), B1 T8192 H96 2064 (2821), B4 T2048
-                               368 (508), B4 T4096 H64 2535 (3459), B1 T2048 H32 230 (252); K = V = 64, B8 T1024 H8 132
-                               (136) with 51 MiB (75). Not K = V = 256: 7053 (6781), 232 B; nor 32, B8 T2048 H16: 384
-                               (358). Keys in tiles of 32: adjoint by keys 676 (490), of 128 spills 2.6 KiB; chunks of
-                               64 in these scans: 2044 (1759). Sums over pairs as sums over keys: 420, no spills (466,
-                               88 B). dy scaled again instead of dv loaded: 2154 (1759). Gated, without dg: 1419 and
-                               1271 for the scans by keys, 300 B
+gradients, scalar decay        of states of chunks (K = V = 64, 256): tiles of 32 keys in 3 stages: 584, RetNet 604,
+                               no spills (2 stages 604, 617; of 64 keys: 520 and 521, but 92 and 116 B, over the budget;
+                               tiles of values: 644, 671); Mamba-2 695. Sums over pairs taken from the products of
+                               queries and keys: 569, but dg 5 times less exact
+the same after the adjoint     scans for what systems solve, then products of pairs once, then keys. Whole backward, as
+                               others in brackets: delta rule 1393 (1916), B1 T8192 H96 1915 (2821), B4 T2048 359
+                               (508), B4 T4096 H64 2470 (3459), B1 T2048 H32 204 (252), K = V = 256 B8 T2048 H32 5539
+                               (6359; 4003 MiB to 1875); pairs in the scans themselves: 1488, 2057, 366. Gated 1849
+                               (2296), 2452 (3194), 444 (568), 3160 (4021), 275 (301), 7515 (8019). Simple GLA, chunks
+                               of 32: 914 (1097), 1308 (1539), 237 (301), RetNet 977 (1164), Mamba-2 1150 (1327). Not
+                               K = V = 32, delta rule B8 T2048 H16: 384 (358); simple GLA of 64: 101 (65)
+their <S, d.S>                 carried by sums of numbers. Summed up from gradients of states, stored for each chunk:
+                               gated 2106, B1 T8192 H96 2876; that sum alone takes 400 of B1 T8192 H96. Error of dg in
+                               bf16, gates of half of the size to nothing at B4 T2048: 0.0017 to 0.0096 (of states
+                               0.0023 to 0.0040, the library 0.0024 to 0.015)
+their scans by keys            tiles of 64 keys, 4 warps, 3 stages: gated 2446 at B1 T8192 H96 (2 stages 2705; tiles of
+                               32: 2690, of 128, 8 warps: 2770; all loads ahead 2800). Row factors on the keys, not on
+                               the values: no spills (480 B; 3241). Simple GLA all loads ahead: Mamba-2 1150 (1235),
+                               others the same; chunks of 64: 1001 (961), 100 B of spills. K = V = 64, tiles of 32, 2
+                               warps: delta rule B8 T1024 H8 124 (64, 4 warps: 140), gated 171 (178). K = V = 256, of
+                               32 in 2 stages: 5511 (of 64, 8 warps: 5962), gated 7515 (8527), 136 B of spills
+their products of pairs        2 warps, keys in tiles of 64: B1 T8192 H96 delta rule 339 (4 warps 388), at most 168
+                               registers 265; gated 383 (552; with 168 200 B of spills)
+their sums of numbers          3 stages, all loads ahead: gated B4 T2048 444 (1 stage 459)
 far chunks, a kernel each      RWKV-7's gradients: 0 to 32 B of spills for 324, but where all chunks are far 73 ms (26.6
                                in one), and 4483 us in all where none is (4274)
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
                                (1112), HGRN2 489 + 758 (1213), no spills; not done: too little, and products are
                                rounded
+all loads ahead                scans with decays: spans of gated 146 (235), KDA 160 (233), GLA 84 (104), with their
+                               maps 483 (583; maps not ahead 555), KDA 721 (803); scan of simple GLA 49 (62) at B4
+                               T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697); states of gated 345
+                               (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161 (1255). Not: other
+                               adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244)
+fewer registers                168 or 128 spill in nearly every kernel: whole calls take 1.1 to 4 times as long
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
                                3034 (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
@@ -117,7 +134,9 @@ sections side by side          half as long, two in memory: KDA 2719 (2986), RWK
 sections, recomputed           two of 4096 tokens at a time beside the adjoint where it leaves SMs idle: delta rule
                                1505 (whole 1700; of 8192 1504, of 2048 1544; one by one 1691), B2 T65536 H16 5786
                                (6706; of 16384 8660); not B1 T8192 H96: 2025, B4 T2048: 373 (370), B1 T65536 H8: 1839
-                               (in spans 1737), linear attention 659 (581)
+                               (in spans 1737), linear attention 659 (581). Gated 1862 (whole 1975; of 8192 1841, of
+                               2048 1919), B1 T65536 H8 in spans 2091 (of 8192 3474); simple GLA 914 (in four spans
+                               961, in eight 950)
 sections                       forward and backward of GLA 2591 us, 2000 MiB; in 4 sections 2772, 1016; in 8 3165, 847
                                delta rule 2565 us, 2403 MiB; 4 sections 2631, 1016; 8 sections 2777, 783
 fp32, forward                  chunk 32: linear attention 1436 (chunk 16: 2062, 64: 1809), simple GLA 1751 (2007,
@@ -154,18 +173,22 @@ class Kind:
     short: bool
 
     @property
+    def decays(self) -> bool:
+        return self.vector or self.scalar
+
+    @property
     def still(self) -> bool:
         """A state changes by what is written only."""
-        return not (self.solves or self.vector or self.scalar)
+        return not (self.solves or self.decays)
 
     @property
     def recomputed(self) -> bool:
-        """Gradients are written by scans of their own, in which decays take too many registers. With solves it pays for
-        axes of 64 and 128.
-        """
-        decays = self.vector or self.scalar
-        pays = self.still or not (self.wide or self.short)
-        return pays and not (decays or self.normalised)
+        """Gradients are written by scans of their own: where states are large beside rows, if decays are numbers."""
+        if self.vector or self.normalised:
+            return False
+        if self.solves:
+            return not self.short
+        return self.still or not (self.wide or self.narrow)
 
     @classmethod
     def of(cls, program: Program, call: Call) -> Kind:
@@ -219,19 +242,19 @@ def by_rule(
 ) -> Choice:
     """The choice for a scan in chunks. If it may not recompute, a backward stores what gradients need of chunks."""
     kind, backward = Kind.of(program, call), direction == "backward"
-    chunk = _chunk(kind, call, backward)
     recompute = backward and may_recompute and kind.recomputed and not call.exact
+    chunk = _chunk(kind, call, backward, recompute)
     span, section, overlap = 0, 0, False
-    if kind.solves and (recompute or not backward):
-        span = _span_of_matrices(kind, call, batch, length, backward)
     if recompute:
-        overlap = kind.solves and _chain_leaves_room(call, batch, length, span)
-        section = BESIDE if overlap else 0
+        span, section = _cut_to_recompute(kind, call, batch, length)
+        overlap = section > 0
     elif backward:
         section = _section(program, kind, call, batch, length, chunk)
         overlap = _overlaps(kind, call, batch, section)
         section = -(-section // 2 // KEPT_SPAN) * KEPT_SPAN if overlap else section
-    if not kind.solves:
+    elif kind.solves:
+        span = _span_of_matrices(kind, call, batch, length, backward)
+    if not (kind.solves or recompute):
         span = _span(kind, call, batch, section or length)
     if call.exact:
         choice = _full_precision(kind, backward, chunk)
@@ -242,9 +265,11 @@ def by_rule(
     return replace(choice, section=section, overlap=overlap, span=span)
 
 
-def _chunk(kind: Kind, call: Call, backward: bool) -> int:
+def _chunk(kind: Kind, call: Call, backward: bool, recompute: bool) -> int:
     if call.dtype == "fp32":
         return 16 if kind.normalised or (backward and (kind.solves or kind.scalar)) else 32
+    if recompute and kind.scalar:
+        return 32
     return 32 if kind.solves or kind.vector or kind.wide or kind.normalised else 64
 
 
@@ -252,7 +277,7 @@ def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choic
     solves, vector, scalar = kind.solves, kind.vector, kind.scalar
     small = kind.narrow and load.few and not kind.normalised
     once = kind.activated or kind.wide or not (backward or small)
-    spans = Tuning(32 if kind.wide else 64, 0, 4, 3, offsets=True)
+    spans = Tuning(32 if kind.wide else 64, 0, 4, 3, offsets=True, ahead=kind.decays)
     scan, states, adjoint = _scans(kind, chunk, load, small)
     return Choice(
         chunk=chunk,
@@ -263,6 +288,7 @@ def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choic
         kernels=(
             ("prepare", _prepare(kind, chunk)),
             ("spans", spans),
+            ("spans_matrix", spans),
             ("adjoint_spans", spans),
             ("adjoint", adjoint),
             ("states", states),
@@ -274,13 +300,15 @@ def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choic
 
 def _recomputing(choice: Choice, kind: Kind, load: Load) -> Choice:
     """With gradients written by scans of their own."""
-    if kind.solves:
-        scan, maps = Tuning(64, 0, 4, 3, offsets=True), Tuning(64, 0, 4, 4)
-        again = dict.fromkeys(("states", "states_keys", "adjoint_keys"), scan)
-        again |= dict.fromkeys(("adjoint_spans", "adjoint_spans_matrix"), maps)
-        again |= {"adjoint": replace(scan, offsets=False)} if load.cut else {}
-        kernels = dict(choice.kernels) | again
-        return replace(choice, recompute=True, kernels=tuple(kernels.items()))
+    return (
+        _recomputing_still(choice, kind, load)
+        if kind.still
+        else _recomputing_after(choice, kind, load)
+    )
+
+
+def _recomputing_still(choice: Choice, kind: Kind, load: Load) -> Choice:
+    """Scans that wait for nothing."""
     forward = Tuning(128, 0, 8, 3) if kind.wide else Tuning(64, 0, 4, 3 if kind.narrow else 2)
     reverse = replace(forward, num_stages=3 if load.alone else forward.num_stages)
     kernels = dict(choice.kernels)
@@ -288,6 +316,30 @@ def _recomputing(choice: Choice, kind: Kind, load: Load) -> Choice:
     if kind.wide:
         kernels["prepare"] = Tuning(0, 0, 4, 2, inner=64)
     return replace(choice, recompute=True, kernels=tuple(kernels.items()))
+
+
+def _recomputing_after(choice: Choice, kind: Kind, load: Load) -> Choice:
+    """Scans by keys after the adjoint."""
+    scan, kernels = Tuning(64, 0, 4, 3, offsets=True), dict(choice.kernels)
+    keys, products = scan, Tuning(0, 0, 2, 2, inner=64, registers=0 if kind.decays else 168)
+    if not kind.solves:
+        keys, products = replace(scan, ahead=True), Tuning(0, 0, 2, 1)
+        kernels |= {"prepare": Tuning(0, 0, 1, 1), "adjoint": keys}
+    elif kind.wide:
+        keys = replace(scan, block=32, num_stages=2)
+        products = replace(products, num_warps=4, registers=0)
+    elif kind.narrow:
+        keys = replace(scan, block=32, num_warps=2)
+        products = Tuning(0, 0, 1, 1) if kind.scalar else products
+    kernels |= {"states_keys": keys, "adjoint_keys": keys, "products": products}
+    kernels |= {"gradients": Tuning(0, 0, 1, 3, ahead=True)}
+    if kind.solves:
+        maps = Tuning(64, 0, 4, 4)
+        kernels |= {"adjoint_spans": maps, "adjoint_spans_matrix": maps}
+        kernels |= {} if kind.wide else {"states": replace(scan, ahead=kind.decays)}
+        kernels |= {"adjoint": replace(scan, offsets=False)} if load.cut else {}
+    made = tuple(kernels.items())
+    return replace(choice, recompute=True, prepare=True, products=True, kernels=made)
 
 
 def _prepare(kind: Kind, chunk: int) -> Tuning:
@@ -302,9 +354,11 @@ def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tun
     """A forward's scan, and a backward's states and adjoint."""
     solves, vector, scalar, wide = kind.solves, kind.vector, kind.scalar, kind.wide
     stages = 3 if chunk == 32 or kind.narrow else 2
-    scan = Tuning(32 if wide else 64, 0, 4, stages, offsets=solves or vector or scalar)
+    ahead = kind.decays and not wide
+    scan = Tuning(32 if wide else 64, 0, 4, stages, offsets=solves or kind.decays, ahead=ahead)
     states = replace(scan, num_stages=3 if solves or vector or kind.narrow else 2, offsets=True)
-    adjoint = replace(scan, offsets=scalar)
+    states = replace(states, ahead=ahead and solves)
+    adjoint = replace(scan, offsets=scalar, ahead=ahead and kind.general)
     if wide and not (kind.normalised or kind.general or load.few):
         large = replace(scan, block=128, num_warps=8)
         if not (solves and scalar):
@@ -436,9 +490,17 @@ BESIDE = 4096
 """Tokens of sections whose gradients of keys are scanned beside the adjoint of the section before."""
 
 
-def _chain_leaves_room(call: Call, batch: int, length: int, span: int) -> bool:
-    """Whether the adjoint of a sequence that is not cut has less than one program for each SM."""
-    return length > BESIDE and not span and not _fills(_programs(call, batch, 64))
+def _cut_to_recompute(kind: Kind, call: Call, batch: int, length: int) -> tuple[int, int]:
+    """Spans that the adjoint is cut into, eight at least of a long sequence with decays or solves; or sections where a
+    sequence that is not cut has less than one program for each SM.
+    """
+    if kind.solves:
+        span = _span_of_matrices(kind, call, batch, length, backward=True)
+    else:
+        span = _span(kind, call, batch, length)
+        span = span if kind.still or length <= BESIDE or length >= 8 * span else 0
+    room = length > BESIDE and not span and not _fills(_programs(call, batch, 64))
+    return span, BESIDE if room and not kind.still else 0
 
 
 def _programs(call: Call, batch: int, tile: int) -> int:

@@ -68,26 +68,6 @@ def values_first(
     return None
 
 
-def sum_of_products(build: Maker, node: Node) -> Node:
-    """sum_s w[t, s] (sum_K q_t k_s) = sum_K q_t (sum_s w[t, s] k_s): keys are contracted last."""
-    if node.op != "sum" or node["axis"] != SOURCE:
-        return node
-    factors = _flat(build, node.args[0])
-    for inner in factors:
-        if inner.op != "dot" or inner["axis"] in (ROW, SOURCE):
-            continue
-        first, second = inner.args if SOURCE in inner.args[1].axes else inner.args[::-1]
-        if SOURCE in first.axes or ROW in second.axes:
-            continue
-        others = list(factors)
-        others.remove(inner)
-        if not others:
-            continue
-        product = build.make("dot", second, build.scaled(others[0], others[1:]), axis=SOURCE)
-        return build.make("sum", build.make("mul", first, product), axis=inner["axis"])
-    return node
-
-
 def segment_gradient(build: Maker, node: Node, args: list[Node]) -> Node | None:
     """sum_s of w[t', s] over s < t <= t' as one running sum of w's row sums less its column sums."""
     (x,) = args
@@ -171,6 +151,13 @@ def terms_of(node: Node, sign: int, loaded: Container[Node] = ()) -> list[tuple[
         return [(sign, node)]
     signs = (-sign,) if node.op == "neg" else (sign, sign if node.op == "add" else -sign)
     return [t for s, x in zip(signs, node.args, strict=True) for t in terms_of(x, s, loaded)]
+
+
+def factors_of(node: Node, loaded: Container[Node] = ()) -> list[Node]:
+    """The factors of a product; `loaded` nodes are factors as they are."""
+    if node in loaded or node.op != "mul":
+        return [node]
+    return [f for x in node.args for f in factors_of(x, loaded)]
 
 
 def signed(build: Maker, terms: list[tuple[int, Node]]) -> Node:

@@ -26,9 +26,11 @@ class Term:
     rest: Node
 
 
-def solve_form(roots: Sequence[Node], carried: frozenset[str]) -> list[Node]:
+def solve_form(
+    roots: Sequence[Node], carried: frozenset[str], build: Builder | None = None
+) -> list[Node]:
     """`roots` with such products spread; `carried` are the names of states and their gradients."""
-    build, done = Builder(), dict[Node, Node]()
+    build, done = build or Builder(), dict[Node, Node]()
     moving = _depending(roots, carried)
     for node in topological(roots):
         new = build.make(node.op, *(done[a] for a in node.args), like=node, **dict(node.attrs))

@@ -84,6 +84,11 @@ class Builder:
     def add(self, terms: Iterable[Node]) -> Node:
         return reduce(lambda x, y: self.make("add", x, y), terms)
 
+    def product(self, factors: Iterable[Node]) -> Node:
+        """The same node in whatever order its factors come."""
+        first, *rest = sorted(factors, key=lambda f: self._born.setdefault(id(f), len(self._born)))
+        return self.scaled(first, rest)
+
     def scaled(self, x: Node, factors: Iterable[Node]) -> Node:
         return reduce(lambda y, factor: self.make("mul", y, factor), factors, x)
 
