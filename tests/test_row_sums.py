@@ -9,8 +9,9 @@ import pytest
 
 from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.codegen.extent import shape_of
-from lmoe_compiler.codegen.inner_products import InnerProduct
+from lmoe_compiler.codegen.inner_products import InnerProduct, inner_product
 from lmoe_compiler.codegen.launcher import Launcher
+from lmoe_compiler.codegen.plan import Carry
 from lmoe_compiler.codegen.row_sums import RowSums
 from lmoe_compiler.codegen.tile import Builder
 from lmoe_compiler.codegen.triton import KernelPrinter, function_name
@@ -48,11 +49,58 @@ def test_an_inner_product_is_known_with_its_factor_only():
     past = input_("past")
     product = InnerProduct(inner, input_("P"), input_("E"), past, f, (X, X))
     total = build.make("sum", build.make("sum", inner, axis="K"), axis="V")
-    found = [
-        list(sums(build, product).terms(build.make("mul", total, factor), 1, ()))
-        for factor in (f, X)
-    ]
-    assert [past in terms[0][2].args or terms[0][2] == past for terms in found] == [True, False]
+    wanted = {f: past, X: None, build.make("mul", f, f): build.product([f, past])}
+    for factor, expected in wanted.items():
+        term = build.make("mul", total, factor)
+        ((_, steps, found),) = sums(build, product).terms(term, 1, ())
+        for _, operands, _ in steps:
+            found = build.product([found, *(x for x in operands if x is not None)])
+        assert found == (term if expected is None else expected)
+
+
+def scans(build: Builder, **changes: Node) -> tuple[Carry, Carry]:
+    """S' = f S + k^T y and d.S = f d.S' + q^T do, with other nodes in the place of those named."""
+    k, q, y, do = (
+        input_(n, ("t", a)) for n, a in (("k", "K"), ("q", "K"), ("y", "V"), ("do", "V"))
+    )
+    f = input_("f")
+    nodes = {
+        "scaled": build.make("mul", f, S),
+        "written": build.make("dot", k, y, axis="t"),
+        "scaled_back": build.make("mul", f, D),
+        "read": build.make("dot", q, do, axis="t"),
+    } | changes
+    following = build.make("add", nodes["scaled"], nodes["written"])
+    back = build.make("add", nodes["scaled_back"], nodes["read"])
+    return Carry(S, following, S.axes, None, None), Carry(D, back, D.axes, None, None)
+
+
+def test_an_inner_product_is_carried_by_numbers():
+    build = Builder()
+    found = inner_product(build, *scans(build))
+    assert found is not None
+    assert (found.node, found.factor) == (build.make("mul", S, D), input_("f"))
+    assert [rows.axes for rows in found.of_rows] == [("t",), ("t",)]
+
+
+def test_what_is_no_number_carries_no_inner_product():
+    """Decays that are vectors, negative or other ones backward; what is written or read otherwise than over rows."""
+    build = Builder()
+    vector, other = (build.make("mul", input_("g", axes), S) for axes in (("K",), ()))
+    vector_back = build.make("mul", input_("g", ("K",)), D)
+    scaled_rows = build.make("mul", input_("f"), input_("k", ("t", "K")))
+    changes = {
+        "vector": {"scaled": vector, "scaled_back": vector_back},
+        "scaled rows": {"written": build.make("dot", scaled_rows, input_("y", ("t", "V")), axis="t")},
+        "another": {"scaled": other},
+        "negative": {"scaled": build.make("neg", build.make("mul", input_("f"), S))},
+        "not scaled": {"scaled": S},
+        "not a product": {"written": input_("u", ("K", "V"))},
+        "over values": {"read": build.make("dot", input_("w", ("K", "M")), input_("z", ("M", "V")), axis="M")},
+        "of keys": {"read": build.make("mul", input_("w", ("K",)), input_("z", ("K", "V")))},
+    }  # fmt: skip
+    for name, change in changes.items():
+        assert inner_product(build, *scans(build, **change)) is None, name
 
 
 @pytest.mark.parametrize("shape", [(2, 1300, 3, 128), (1, 9000, 2, 128)])

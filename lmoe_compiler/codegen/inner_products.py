@@ -27,7 +27,9 @@ LEAST = 2.0**-24
 """Where f is less, nothing is left of <S, d.S'>."""
 
 ROUNDED = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20}
-"""How exact a number of a row is, twice over: products round states, rows and what they are scaled by."""
+"""Relative errors that numbers of rows are taken to have, two or three times what they have: products round states,
+rows, and what these are scaled by.
+"""
 
 
 @dataclass(frozen=True)

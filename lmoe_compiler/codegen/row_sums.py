@@ -34,6 +34,7 @@ Use = tuple[int, Steps]
 """In which of the roots a term enters, and through what."""
 
 Alike = tuple[int | None, int, tuple[tuple[Use, int], ...]]
+"""Which scan a term needs, how many axes it has, and how often it is used for what."""
 
 
 @dataclass
@@ -62,9 +63,7 @@ class RowSums:
         return [signed(self.build, own) if own else self.build.const(0.0) for own in found]
 
     def alike(self, roots: Sequence[Node]) -> dict[Alike, list[tuple[int, Node]]]:
-        """Terms with their signs, by the scan that can write them if they need one, whether they have rows, and how
-        often they are used for what: up to one sign, which is that of the first use.
-        """
+        """Terms with their signs, those together that can be one value: uses are alike up to one sign."""
         counts: dict[Node, Counter[Use]] = {}
         for number, root in enumerate(roots):
             for sign, steps, term in self.terms(root, 1, ()):
@@ -139,7 +138,9 @@ class RowSums:
         for product in self.products:
             sums = [f for f in factors if _summed(f) == product.node]
             if sums and product.factor in factors:
-                rest = [f for f in factors if f is not sums[0] and f != product.factor]
+                rest = list(factors)
+                rest.remove(sums[0])
+                rest.remove(product.factor)
                 return [*rest, product.past]
         return factors
 
