@@ -191,8 +191,10 @@ def test_a_run_learns_and_leaves_everything(text, tmp_path, capsys):
     assert cli.main(["train", *flags(text, out, "--steps", "1")]) == 0
     assert (tmp_path / "run-2" / "result.json").exists()
     # and decoding continues from it
+    capsys.readouterr()
     assert cli.main(["generate", str(out), "--prompt", "def ", "--tokens", "5"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:][0].startswith("def ")
+    # (A line may end anywhere in what is generated.)
+    assert any(line.startswith("def ") for line in capsys.readouterr().out.splitlines())
 
 
 def test_what_a_capacity_drops_is_shown_and_logged(text, tmp_path, capsys):
