@@ -72,11 +72,11 @@ far chunks, a kernel each      RWKV-7's gradients: 0 to 32 B of spills for 324, 
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
                                (1112), HGRN2 489 + 758 (1213), no spills; not done: too little, and products are
                                rounded
-all loads ahead                scans with decays: spans of gated 146 (235), KDA 160 (233), GLA 84 (104), with their
-                               maps 483 (583; maps not ahead 555), KDA 721 (803); scan of simple GLA 49 (62) at B4
-                               T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697); states of gated 345
-                               (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161 (1255). Not: other
-                               adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244)
+all loads ahead                scans with decays (not timed with K = V = 256): spans of gated 146 (235), KDA 160 (233),
+                               GLA 84 (104), with their maps 483 (583; maps not ahead 555), KDA 721 (803); scan of
+                               simple GLA 49 (62) at B4 T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697);
+                               states of gated 345 (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161
+                               (1255). Not: other adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244)
 fewer registers                168 or 128 spill in nearly every kernel: whole calls take 1.1 to 4 times as long
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
                                3034 (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
@@ -277,7 +277,8 @@ def _half_precision(kind: Kind, backward: bool, chunk: int, load: Load) -> Choic
     solves, vector, scalar = kind.solves, kind.vector, kind.scalar
     small = kind.narrow and load.few and not kind.normalised
     once = kind.activated or kind.wide or not (backward or small)
-    spans = Tuning(32 if kind.wide else 64, 0, 4, 3, offsets=True, ahead=kind.decays)
+    ahead = kind.decays and not kind.wide
+    spans = Tuning(32 if kind.wide else 64, 0, 4, 3, offsets=True, ahead=ahead)
     scan, states, adjoint = _scans(kind, chunk, load, small)
     return Choice(
         chunk=chunk,
