@@ -404,24 +404,35 @@ def test_resets_and_strong_decays(name):
     assert_close(actual, expected)
 
 
-def test_inner_products_are_carried_through_resets(by_plan):
-    """Behind a reset in the middle of a chunk nothing is left of sums a million times as large."""
-    by_plan(RECOMPUTED_WITH_PRODUCTS)
-    case, sizes = BY_NAME["gated_delta_rule"], Sizes(B=1, T=128, H=1, K=8, V=6)
-    v, after = make_inputs(case, sizes)[0]["v"], torch.arange(128) + 8
-    large, reset = after // 16 % 2 == 0, after % 16 == 0
-    v = v * torch.where(large, 1e6, 1.0)[None, :, None, None]
-    gates = torch.where(reset, -40.0, -0.1).to(v.dtype)[None, :, None]
-    (exact, _), (rounded, _) = single(sizes, case, g=gates, v=v)
+def gate_gradients(
+    case: Case, sizes: Sizes, weight: torch.Tensor, **changes: torch.Tensor
+) -> list[torch.Tensor]:
+    """By the reference, and by kernels, of outputs with a weight for each token."""
+    (exact, _), (rounded, _) = single(sizes, case, **changes)
     found = []
     for call, given in (
         (case.recurrence.reference, exact),
         (case.recurrence.with_options(implementation="triton"), rounded),
     ):
-        leaves = [x.requires_grad_() for x in given.values()]
-        (dg,) = torch.autograd.grad(call(*leaves).sum(), [given["g"]])
-        found.append(dg.double()[:, ~large & ~reset])
-    assert (found[1] - found[0]).norm() < 1e-4 * found[0].norm()
+        o = call(*(x.requires_grad_() for x in given.values()))
+        weights = torch.linspace(1, 2, o.shape[-1], dtype=o.dtype) * weight[None, :, None, None]
+        (dg,) = torch.autograd.grad(o, [given["g"]], weights.expand_as(o))
+        found.append(dg.double())
+    return found
+
+
+def test_inner_products_are_carried_through_resets(by_plan, monkeypatch):
+    """Behind a reset in the middle of a chunk nothing is left of sums a million times as large, nor of their errors."""
+    by_plan(RECOMPUTED_WITH_PRODUCTS)
+    monkeypatch.setattr(plans, "KEPT_SPAN", 256)
+    case, sizes = BY_NAME["gated_delta_rule"], Sizes(B=1, T=256, H=1, K=8, V=6)
+    v, after = make_inputs(case, sizes)[0]["v"], torch.arange(256) + 8
+    large, reset = after // 64 % 2 == 0, after % 64 == 0
+    v = v * torch.where(large, 1e6, 1.0)[None, :, None, None]
+    gates = torch.where(reset, -40.0, -0.1).to(v.dtype)[None, :, None]
+    found = gate_gradients(case, sizes, torch.ones(256), g=gates, v=v)
+    expected, actual = (dg[:, ~large & ~reset] for dg in found)
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
@@ -434,23 +445,8 @@ def test_nothing_is_left_of_large_inner_products(name, decay, by_plan, monkeypat
     inputs, token = make_inputs(case, sizes)[0], torch.arange(128)
     gates = torch.full_like(inputs["g"], decay)
     v = inputs["v"] * torch.where(token < 32, 1e5, 1.0)[None, :, None, None]
-    (exact, _), (rounded, _) = single(sizes, case, g=gates, v=v)
-    found = []
-    for call, given in (
-        (case.recurrence.reference, exact),
-        (case.recurrence.with_options(implementation="triton"), rounded),
-    ):
-        leaves = [x.requires_grad_() for x in given.values()]
-        o = call(*leaves)
-        weights = torch.linspace(1, 2, 6, dtype=o.dtype).expand_as(o)
-        short = weights * (token < 40)[None, :, None, None]
-        found.append(
-            [
-                torch.autograd.grad(o, [given["g"]], w, retain_graph=True)[0]
-                for w in (weights, short)
-            ]
-        )
-    (whole, _), (actual, ended) = found
+    whole, actual = gate_gradients(case, sizes, torch.ones(128), g=gates, v=v)
+    _, ended = gate_gradients(case, sizes, (token < 40).float(), g=gates, v=v)
     assert ended[:, :40].abs().max() > 0
     assert (ended[:, 48:] == 0).all()
     if decay == -0.5:
