@@ -33,8 +33,11 @@ Steps = tuple[Step, ...]
 Use = tuple[int, Steps]
 """In which of the roots a term enters, and through what."""
 
+KNOWN = -1
+"""In the place of a scan: a term that is known without one."""
+
 Alike = tuple[int | None, int, tuple[tuple[Use, int], ...]]
-"""Which scan a term needs, how many axes it has, and how often it is used for what."""
+"""Which scan a term needs, None if none can write it, how many axes it has, and how often it is used for what."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ class RowSums:
             if own:
                 sign = 1 if own[0][1] > 0 else -1
                 signs = tuple([(use, sign * count) for use, count in own])
-                scan = self.last(term) if self.carried(term) else None
+                scan = self.last(term) if self.carried(term) else KNOWN
                 found.setdefault((scan, len(term.axes), signs), []).append((sign, term))
         return found
 
@@ -155,7 +158,7 @@ class RowSums:
         return any(self.depends.get(n) for n in closure([node], self.stored))
 
     def last(self, node: Node) -> int | None:
-        """The last scan that can write a term; None if what it needs is known without one, or none can."""
+        """The last scan that can write a term; None if none can."""
         store = Store(node, self.value("", node))
         return last_of(store, self.scans, self.stored, self.depends)
 
