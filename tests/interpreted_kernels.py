@@ -341,7 +341,11 @@ def test_gradients_by_scans_of_their_own(name, choice, by_plan):
     assert "dq" in written["states_keys"]
     assert "dk" in written["adjoint_keys"]
     assert ("dk" in written["states_keys"]) == solves
-    assert ("S_product" in written["adjoint_keys"]) == gates
+    assert ("S_entry_sum" in written["adjoint_keys"]) == gates
+    assert ("S_exit_sum" in written["adjoint_keys"]) == gates
+    # The last state matters where a gradient of it is given.
+    leave = [k for k, values in written.items() if "S_exit" in values]
+    assert leave == (["states" if solves else "states_keys"] if gates else [])
 
 
 @pytest.mark.parametrize(
@@ -405,16 +409,20 @@ def test_resets_and_strong_decays(name):
 
 
 def gate_gradients(
-    case: Case, sizes: Sizes, weight: torch.Tensor, **changes: torch.Tensor
+    case: Case,
+    sizes: Sizes,
+    weight: torch.Tensor,
+    ends: torch.Tensor | None = None,
+    **changes: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """By the reference, and by kernels, of outputs with a weight for each token."""
+    """By the reference, and by kernels, of outputs with a weight for each token; documents have `ends`."""
     (exact, _), (rounded, _) = single(sizes, case, **changes)
     found = []
     for call, given in (
         (case.recurrence.reference, exact),
         (case.recurrence.with_options(implementation="triton"), rounded),
     ):
-        o = call(*(x.requires_grad_() for x in given.values()))
+        o = call(*(x.requires_grad_() for x in given.values()), cu_seqlens=ends)
         weights = torch.linspace(1, 2, o.shape[-1], dtype=o.dtype) * weight[None, :, None, None]
         (dg,) = torch.autograd.grad(o, [given["g"]], weights.expand_as(o))
         found.append(dg.double())
@@ -433,6 +441,21 @@ def test_inner_products_are_carried_through_resets(by_plan, monkeypatch):
     found = gate_gradients(case, sizes, torch.ones(256), g=gates, v=v)
     expected, actual = (dg[:, ~large & ~reset] for dg in found)
     assert (actual - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [({}, None), ({"section": 64}, None), ({}, [0, 5, 5, 64, 110]), ({}, [0, 70, 110])],
+)
+def test_inner_products_are_known_where_spans_start_and_end(name, changes, ends, by_plan):
+    """Four spans of 32 tokens; no gradient of a final state, so that nothing is left of states at their ends."""
+    by_plan(replace(RECOMPUTED_WITH_PRODUCTS, **changes))
+    case, sizes = BY_NAME[name], Sizes(B=1 if ends else 2, T=110, H=1, K=8, V=6)
+    gates = torch.full_like(make_inputs(case, sizes)[0]["g"], -0.02)
+    documents = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    expected, actual = gate_gradients(case, sizes, torch.ones(110), documents, g=gates)
+    assert (actual - expected).norm() < 2e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])

@@ -43,23 +43,27 @@ def test_names_of_inputs(query, key, monkeypatch):
     """Functions that kernels call, and names of what they pass on."""
     spans = Choice(16, span=32, prepare=True, prepare_rows=True, default=Tuning(16))
     monkeypatch.setattr(tuned, "lookup", lambda *_: spans)
-    run.forget()
-
     source = (
         f"def step(S, {query}, {key}, value, g):\n"
         f"    S = g.exp()[:, None] * S + torch.outer({key}, value)\n"
         f"    return S, S.T @ {query}\n"
     )
+    K, V = (type(name, (Dim,), {"__doc__": name}) for name in "KV")
+    kinds = {"S": State[K, V], query: Token[K], key: Token[K], "value": Token[V], "g": Token[K]}
+    inputs = [torch.randn(1, 40, 1, size) for size in (6, 6, 5)]
+    compare(source, kinds, [*inputs, -torch.rand(1, 40, 1, 6)])
+
+
+def compare(source: str, kinds: dict[str, object], inputs: list[torch.Tensor]) -> None:
+    """Kernels of a recurrence that is given as text against its reference."""
+    run.forget()
     scope = {"torch": torch}
     exec(source, scope)
     step = scope["step"]
-    K, V = (type(name, (Dim,), {"__doc__": name}) for name in "KV")
-    step.__annotations__ = {
-        "S": State[K, V], query: Token[K], key: Token[K], "value": Token[V], "g": Token[K],
-    }  # fmt: skip
+    step.__annotations__ = kinds
     recurrence = lmoe.recurrence(step)
-    inputs = [torch.randn(1, 40, 1, size) for size in (6, 6, 5)]
-    inputs = [x.requires_grad_() for x in (*inputs, -torch.rand(1, 40, 1, 6))]
+    for x in inputs:
+        x.requires_grad_()
     both = []
     for r in (recurrence.with_options(implementation="triton"), recurrence.reference):
         o = r(*inputs)
@@ -67,3 +71,21 @@ def test_names_of_inputs(query, key, monkeypatch):
     for found, expected in zip(*both, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     run.forget()
+
+
+@pytest.mark.parametrize(
+    "gate", ["S_from_exit", "S_error_from_exit", "S_entry_sum", "S_past", "S_product"]
+)
+def test_names_of_gates(gate, monkeypatch):
+    """Names of what is left of inner products of states and their gradients."""
+    recomputed = Choice(16, prepare=True, products=True, recompute=True, default=Tuning(16))
+    monkeypatch.setattr(tuned, "lookup", lambda *_: recomputed)
+    source = (
+        f"def step(S, q, k, v, {gate}):\n"
+        f"    S = {gate}.exp() * S + torch.outer(k, v)\n"
+        f"    return S, S.T @ q\n"
+    )
+    K, V = (type(name, (Dim,), {"__doc__": name}) for name in "KV")
+    kinds = {"S": State[K, V], "q": Token[K], "k": Token[K], "v": Token[V], gate: Token[()]}
+    inputs = [torch.randn(1, 40, 1, size) for size in (6, 6, 5)]
+    compare(source, kinds, [*inputs, -torch.rand(1, 40, 1)])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.codegen.extent import shape_of
-from lmoe_compiler.codegen.inner_products import InnerProduct, inner_product
+from lmoe_compiler.codegen.inner_products import InnerProduct, followed, inner_product, mean
 from lmoe_compiler.codegen.launcher import Launcher
 from lmoe_compiler.codegen.plan import Carry
 from lmoe_compiler.codegen.row_sums import RowSums
@@ -47,7 +49,7 @@ def test_an_inner_product_is_known_with_its_factor_only():
     build = Builder()
     inner, f = build.make("mul", S, D), input_("f")
     past = input_("past")
-    product = InnerProduct(inner, input_("P"), input_("E"), past, f, (X, X))
+    product = InnerProduct(S, D, inner, past, f, (X, X))
     total = build.make("sum", build.make("sum", inner, axis="K"), axis="V")
     wanted = {f: past, X: None, build.make("mul", f, f): build.product([f, past])}
     for factor, expected in wanted.items():
@@ -83,6 +85,76 @@ def test_an_inner_product_is_carried_by_numbers():
     assert [rows.axes for rows in found.of_rows] == [("t",), ("t",)]
 
 
+def value(node: Node, known: dict[Node, np.ndarray | np.float32]) -> np.float32:
+    """What operations in fp32 make of numbers and rows."""
+    if node in known:
+        return known[node]
+    if node.op == "const":
+        return np.float32(node["value"])
+    operations = {"sub": np.subtract, "div": np.divide, "neg": np.negative, "where": np.where}
+    operations |= {"add": np.add, "mul": np.multiply, "ge": np.greater_equal}
+    operations |= {"minimum": np.minimum, "sum": np.sum}
+    return operations[node.op](*(value(a, known) for a in node.args))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ((3.0, 4.0), (1.0, 1.0), 1.4),
+        ((3.0, 1.0), (1.0, 4.0), 2.6),
+        ((3.0, 0.0), (1.0, 0.0), 1.0),
+        ((3.0, 0.0), (1.0, 4.0), 3.0),
+        ((1e15, 1e20), (1.0, 0.0), 1.0),
+        ((1.0, 0.0), (1e8, 1e20), 1.0),
+        ((1.0, 1e-8), (5.0, math.inf), 1.0),
+        ((5.0, math.inf), (1.0, 1e-8), 1.0),
+        ((0.6, 1.0), (0.7, 1.0), 0.0),
+        ((0.8, 1.0), (0.7, 1.0), 0.75),
+        ((-0.8, 1.0), (-0.7, 1.0), -0.75),
+    ],
+)
+def test_the_mean_of_two_estimates(one, other, expected):
+    """By the squares of their errors, of which one of 1 in two leaves 1 / 2; nothing where that is more."""
+    leaves = [[input_(name) for name in pair] for pair in (("x", "x_error"), ("y", "y_error"))]
+    node = mean(Builder(), *(tuple(pair) for pair in leaves))
+    numbers = [np.float32(x) for x in (*one, *other)]
+    known = dict(zip([x for pair in leaves for x in pair], numbers, strict=True))
+    assert value(node, known) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("read", "written"), [(0.0, 3.0), (3.0, 0.0), (3.0, 4.0)])
+@pytest.mark.parametrize("factor", [0.5, 1e-8])
+def test_an_inner_product_through_a_chunk(read, written, factor):
+    """From either end: less what comes first, more what comes then, with errors of both; behind a reset only then."""
+    build = Builder()
+    product = inner_product(build, *scans(build))
+    assert product is not None
+    rows = [input_(n, ("t",)) for n in ("read", "written")]
+    found = followed(build, product, *rows, "bf16", 512)
+    for way, first, then in (
+        (found.from_entry, read, written),
+        (found.from_exit, written, read),
+    ):
+        known = {
+            row: np.full(4, x, np.float32) for row, x in zip(rows, (read, written), strict=True)
+        }
+        known |= {product.factor: np.float32(factor)}
+        known |= {way.number.leaf: np.float32(20.0), way.error.leaf: np.float32(1.0)}
+        past, error = (20 - 4 * first, 1 + 4 * (first * 2**-8) ** 2) if factor > 1e-7 else (0, 0)
+        after, after_error = past + 4 * then, error + 4 * (then * 2**-8) ** 2
+        nodes = [*way.past, way.number.following, way.error.following]
+        assert [value(n, known) for n in nodes] == pytest.approx([past, error, after, after_error])
+
+
+def test_what_is_known_and_what_nobody_has_are_two_values():
+    """Both enter alike, but one of them can be left to a later kernel, and would take the other with it."""
+    build = Builder()
+    read = build.make("dot", S, input_("v", ("t", "V")), axis="V")
+    read = build.make("sum", build.make("mul", input_("k", ("t", "K")), read), axis="K")
+    root = build.make("add", X, read)
+    assert len(sums(build).alike([root])) == 2
+
+
 def test_what_is_no_number_carries_no_inner_product():
     """Decays that are vectors, negative or other ones backward; what is written or read otherwise than over rows."""
     build = Builder()
@@ -109,11 +181,11 @@ def test_parts_of_spans_lie_in_their_tensor(shape):
     request = request_of(RECURRENCES["gated_delta_rule"].program(), "backward", shape)
     plan = request.plan(request.choice())
     kernel = next(k for k in plan.kernels if k.name == "adjoint_keys")
-    (end,) = kernel.ends
+    end = kernel.ends[0]
     assert end.value.parts == 2
     printer = KernelPrinter(plan, kernel)
     text = "\n".join(printer.print(function_name(plan, kernel)))
-    (address,) = re.findall(r"tl.store\(S_product \+ (.*), \(b_", text)
+    (address,) = re.findall(r"tl.store\(S_entry_sum \+ (.*), \(b_", text)
     batch, length, heads, _ = shape
     tokens = min(length, plan.choice.section or length)
     extent = SimpleNamespace(**vars(request.extent) | {"length": tokens})

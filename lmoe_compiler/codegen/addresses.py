@@ -190,7 +190,8 @@ class Addresses:
         if whole and value.per == "chunk":
             slot = "(i_n.to(tl.int64) * tl.cdiv(T_ALL, C) + T_0 // C + i_c)"
         if value.per == "span":
-            slot = f"({self.first_slot(value)} + {self.span_index(value)}).to(tl.int64)"
+            index = f"{self.span_index(value)}{' + 1' if value.following else ''}"
+            slot = f"({self.first_slot(value)} + {index}).to(tl.int64)"
         if value.parts:
             slot = f"({self.part(part)} * {self.slots(value)} + {slot})"
         index = {
@@ -199,7 +200,16 @@ class Addresses:
             "span": f"({slot} * H + i_h)",
             "head": "i_h",
         }[value.per]
-        return self.state_block(name, index, value.axes)
+        pointers, mask, dims = self.state_block(name, index, value.axes)
+        there = [self.followed(value)] if value.following else []
+        return pointers, " & ".join([*there, *([mask] if mask else [])]), dims
+
+    def followed(self, value: Value) -> str:
+        """Whether there is a span after this program's."""
+        assert self.kernel.span == value.span
+        if value.whole and self.sectioned:
+            return "(T_0 + (i_s + 1) * SPAN < T_ALL)"
+        return "(i_s + 1 < n_s)"
 
     def part(self, number: int | None) -> str:
         """A part's number: as given, or that of the tile which this program works on."""

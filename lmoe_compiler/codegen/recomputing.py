@@ -4,12 +4,13 @@ Where nothing is solved and no gradient needs <S, d.S>, and else:
 
     [prepare]  ->  states_keys  ||  [adjoint_spans]  ->  adjoint, adjoint_keys
     prepare    ->  states  ||  [adjoint_spans, adjoint_spans_matrix]  ->  adjoint
-               ->  [products]  ->  states_keys  ->  adjoint_keys  ->  gradients
+               ->  [products]  ->  states_keys  ->  adjoint_keys  ->  [inner_products]  ->  gradients
 
   states, adjoint            write what the systems solve, row for row; the adjoint leaves d.S where spans start
   products                   if chosen: the factors [t, s] that are known then, and of numbers what needs no state
   states_keys, adjoint_keys  carry S and d.S once more, all spans of a sequence side by side
-  gradients                  adds up gradients of numbers; where these need <S, d.S>, it carries that through each span
+  inner_products             if gradients of numbers need <S, d.S>: carries that back through each span, from its end
+  gradients                  adds up gradients of numbers, and carries <S, d.S> through each span from its start
 
 None where a gradient needs more than that of both carried values.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from lmoe_compiler.codegen.backward_graph import BackwardGraph, from_spans
 from lmoe_compiler.codegen.gradient_scans import Scan, in_terms, shared_out
-from lmoe_compiler.codegen.inner_products import inner_product, through_chunk
+from lmoe_compiler.codegen.inner_products import Followed, followed, inner_product, mean
 from lmoe_compiler.codegen.partition import dependences
 from lmoe_compiler.codegen.plan import Call, Carry, Choice, Plan, Store, Value
 from lmoe_compiler.codegen.reach import closure
@@ -38,8 +39,10 @@ def recomputing_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan 
     if shares is None:
         return None
     part, span = graph.part, graph.kept[0].span
+    ends = shares.ends(graph)
     if graph.solved_states:
-        part.add("states", "forward", graph.forward, graph.solved_states, span)
+        # It has more registers to spare than states_keys.
+        part.add("states", "forward", graph.forward, graph.solved_states, span, ends=ends)
     if shares.starts:
         carries = _after_the_adjoint(graph, shares)
     else:
@@ -77,15 +80,49 @@ def _after_the_adjoint(graph: BackwardGraph, shares: _Shares) -> list[Carry]:
         if stores:
             part.add("products", "parallel", (), stores)
     span = kept[0].span
-    if states_keys.stores:
+    ends = [] if graph.solved_states else shares.ends(graph)
+    if states_keys.stores or ends:
         forward = states_keys.tiled_rows_scaled(part.stored)
-        part.add("states_keys", "forward", forward, states_keys.stores, span)
+        part.add("states_keys", "forward", forward, states_keys.stores, span, ends=ends)
     reverse = from_spans(adjoint_keys.tiled_rows_scaled(part.stored), shares.starts)
-    known = {c.leaf: v for c, v in zip(graph.forward, kept, strict=True)}
-    stores, ends = adjoint_keys.stores, shares.ends
-    kernel = part.add("adjoint_keys", "reverse", reverse, stores, span, ends=ends, known=known)
+    ends, known = _of_spans(graph, shares)
+    kernel = part.add(
+        "adjoint_keys", "reverse", reverse, adjoint_keys.stores, span, ends=ends, known=known
+    )
     left = {s.value.name: s.value for s in kernel.ends}
-    return [replace(c, start=left[c.start.name]) if c.start else c for c in shares.carries]
+    for f in shares.followed:
+        # Where a span ends, the next one starts.
+        entry, exit_ = f.from_entry.start.value.name, f.from_exit.start.value.name
+        left.setdefault(exit_, replace(left[entry], following=True))
+    if shares.followed:
+        back = _started([c for f in shares.followed for c in f.from_exit.carries], left)
+        stores = [s for f in shares.followed for s in f.late]
+        part.add("inner_products", "reverse", back, stores, span)
+    return _started([c for f in shares.followed for c in f.from_entry.carries], left)
+
+
+def _of_spans(graph: BackwardGraph, shares: _Shares) -> tuple[list[Store], dict[Node, Value]]:
+    """Inner products that the scan of gradients of states leaves of each span, and states that it knows for that.
+
+    Where the span starts; and where it ends, if that is not where the next one starts: that may be of another section,
+    whose values lie elsewhere, and behind a sequence's last there is none.
+    """
+    states = {c.leaf: v for c, v in zip(graph.forward, graph.kept, strict=True)}
+    gradients = {c.leaf: v for c, v in zip(graph.reverse, shares.starts, strict=True)}
+    last = {s.node: s.value for s in shares.ends(graph)}
+    ends, known = [f.from_entry.start for f in shares.followed], dict(states)
+    for f in shares.followed:
+        state, gradient = f.product.state, f.product.gradient
+        value = last.get(state) or replace(states[state], following=True)
+        known |= dict(zip(f.at_exit, (value, gradients[gradient]), strict=True))
+        if state in last or graph.part.choice.section:
+            ends.append(f.from_exit.start)
+    return ends, known
+
+
+def _started(carries: Sequence[Carry], left: Mapping[str, Value]) -> list[Carry]:
+    """Carries that start from what a kernel left where spans start or end, in as many parts as it has."""
+    return [replace(c, start=left[c.start.name]) if c.start else c for c in carries]
 
 
 @dataclass
@@ -94,8 +131,7 @@ class _Shares:
 
     late      gradients of numbers, added up last from what the scans leave
     starts    gradients of states that the adjoint leaves, if scans by keys have to come after it
-    ends      inner products of states and their gradients where a span starts
-    carries   how these go on from chunk to chunk
+    followed  inner products of states and their gradients that gradients of numbers need
     """
 
     by_values: Scan
@@ -103,8 +139,15 @@ class _Shares:
     known: Scan
     late: list[Store]
     starts: tuple[Value, ...]
-    ends: list[Store]
-    carries: list[Carry]
+    followed: list[Followed]
+
+    def ends(self, graph: BackwardGraph) -> list[Store]:
+        """States where spans end that have to be left for `followed`: the last one's is kept nowhere, and matters where
+        a gradient of the final state is given. Others are those that the spans after them start from.
+        """
+        pairs = zip(graph.forward, graph.part.call.has_final_gradient, strict=True)
+        given = {carry.leaf for carry, there in pairs if there}
+        return [f.state for f in self.followed if f.product.state in given]
 
     @classmethod
     def of(cls, graph: BackwardGraph) -> _Shares | None:
@@ -130,43 +173,27 @@ class _Shares:
         if not all(in_terms(s, scans, stored, depends) for s in rest if s.value.axes):
             return None
         sums = RowSums(graph.build, scans, stored, depends, products)
-        late, ends, carries = _added_up(graph, sums, [s for s in rest if not s.value.axes])
+        late, through = _added_up(graph, sums, [s for s in rest if not s.value.axes])
+        carries = [c for f in through for way in (f.from_entry, f.from_exit) for c in way.carries]
         there = {*stored, *(s.node for scan in scans for s in scan.stores)}
         needed = closure([*(s.node for s in late), *(c.following for c in carries)], there)
         if any(c.leaf in needed for c in (*graph.forward, *graph.reverse)):
             return None
         starts = tuple(left) if after else ()
-        return cls(by_values, by_keys, known, late, starts, ends, carries)
+        return cls(by_values, by_keys, known, late, starts, through)
 
 
 def _added_up(
     graph: BackwardGraph, sums: RowSums, late: Sequence[Store]
-) -> tuple[list[Store], list[Store], list[Carry]]:
-    """Gradients of numbers by what scans leave, and the inner products that they need: where spans start, and how they
-    go on.
-    """
-    build, products, dtype = graph.build, sums.products, graph.part.call.dtype
-    roots = sums.of([*(s.node for s in late), *(x for p in products for x in p.of_rows)])
+) -> tuple[list[Store], list[Followed]]:
+    """Gradients of numbers by what scans leave, and the inner products that they need."""
+    build, dtype, span = graph.build, graph.part.call.dtype, graph.kept[0].span
+    roots = sums.of([*(s.node for s in late), *(x for p in sums.products for x in p.of_rows)])
     rows = iter(roots[len(late) :])
-    known: dict[Node, Node] = {}
-    ends: list[Store] = []
-    carries: list[Carry] = []
-    for product in products:
-        found = through_chunk(build, product, next(rows), next(rows), dtype)
-        known[product.past], following, error = found
-        start = Value(product.leaf.name, (), "span", "fp32", span=graph.kept[0].span)
-        ends.append(Store(_sum(build, product.node), start))
-        carries.append(Carry(product.leaf, following, (), start, None))
-        carries.append(Carry(product.error, error, (), None, None))
+    found = [followed(build, p, next(rows), next(rows), dtype, span) for p in sums.products]
+    known = {f.product.past: mean(build, f.from_entry.past, f.from_exit.past) for f in found}
     nodes = _replaced(build, roots[: len(late)], known)
-    return [replace(s, node=n) for s, n in zip(late, nodes, strict=True)], ends, carries
-
-
-def _sum(build: Builder, node: Node) -> Node:
-    """Over all of its axes."""
-    for axis in node.axes:
-        node = build.make("sum", node, axis=axis)
-    return node
+    return [replace(s, node=n) for s, n in zip(late, nodes, strict=True)], found
 
 
 def _replaced(build: Builder, roots: Sequence[Node], known: Mapping[Node, Node]) -> list[Node]:

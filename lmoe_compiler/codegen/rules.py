@@ -50,14 +50,18 @@ gradients, scalar decay        of states of chunks (K = V = 64, 256): tiles of 3
 the same after the adjoint     scans for what systems solve, then products of pairs once, then keys. Whole backward, as
                                others in brackets: delta rule 1393 (1916), B1 T8192 H96 1915 (2821), B4 T2048 359
                                (508), B4 T4096 H64 2470 (3459), B1 T2048 H32 204 (252), K = V = 256 B8 T2048 H32 5539
-                               (6359; 4003 MiB to 1875); pairs in the scans themselves: 1488, 2057, 366. Gated 1849
-                               (2296), 2452 (3194), 444 (568), 3160 (4021), 275 (301), 7515 (8019). Simple GLA, chunks
-                               of 32: 914 (1097), 1308 (1539), 237 (301), RetNet 977 (1164), Mamba-2 1150 (1327). Not
+                               (6359; 4003 MiB to 1875); pairs in the scans themselves: 1488, 2057, 366. Gated 1884
+                               (2296), 2520 (3194), 453 (568), 3290 (4021), 283 (301), 7490 (8019). Simple GLA, chunks
+                               of 32: 946 (1097), 1301 (1539), 247 (301), RetNet 1034 (1164), Mamba-2 1176 (1327). Not
                                K = V = 32, delta rule B8 T2048 H16: 384 (358); simple GLA of 64: 101 (65)
-their <S, d.S>                 carried by sums of numbers. Summed up from gradients of states, stored for each chunk:
-                               gated 2106, B1 T8192 H96 2876; that sum alone takes 400 of B1 T8192 H96. Error of dg in
-                               bf16, gates times 20 to 0 at B4 T2048: 0.0017 to 0.0133 (without a bound on what sums
-                               round 0.0017 to 0.0096; of states 0.0023 to 0.0040, the library 0.0024 to 0.015)
+their <S, d.S>                 followed by sums of numbers from both ends of a span, which takes gated 1884 for 1858 (from
+                               its start only), B1 T8192 H96 2520 (2484), B4 T2048 453 (447), simple GLA 946 (913), 1301
+                               (1286), 247 (234). Error of dg in bf16 at B4 T2048, gates times 20, 1, 0.3, 0.1, 0.03,
+                               0.01, 0: gated 0.0015, 0.0018, 0.0041, 0.0058, 0.0056, 0.0055, 0.0039 (from its start
+                               0.0017, 0.0017, -, 0.0133, -, 0.0076, 0.0049; of states 0.0023, 0.0024, -, 0.0028, -,
+                               0.0035, 0.0040; the library 0.0024, -, -, 0.0034, -, 0.0095, 0.0150). The product where a
+                               span ends by states_keys: no scan of d.S beside it, simple GLA 1032, 1397, 268. Summed up
+                               from gradients of states, stored for each chunk: gated 2106, B1 T8192 H96 2876
 their scans by keys            tiles of 64 keys, 4 warps, 3 stages: gated 2446 at B1 T8192 H96 (2 stages 2705; tiles of
                                32: 2690, of 128, 8 warps: 2770; all loads ahead 2800). Row factors on the keys, not on
                                the values: no spills (480 B; 3241). Simple GLA all loads ahead: Mamba-2 1150 (1235),
@@ -66,7 +70,8 @@ their scans by keys            tiles of 64 keys, 4 warps, 3 stages: gated 2446 a
                                32 in 2 stages: 5511 (of 64, 8 warps: 5962), gated 7515 (8527), 136 B of spills
 their products of pairs        2 warps, keys in tiles of 64: B1 T8192 H96 delta rule 339 (4 warps 388), at most 168
                                registers 265; gated 383 (552; with 168 200 B of spills)
-their sums of numbers          3 stages, all loads ahead: gated B4 T2048 444 (1 stage 459)
+their sums of numbers          3 stages, all loads ahead: gated B4 T2048 444 (1 stage 459); 1 warp or 2, 2 to 4 stages
+                               for those from the end: 462 to 470
 far chunks, a kernel each      RWKV-7's gradients: 0 to 32 B of spills for 324, but where all chunks are far 73 ms (26.6
                                in one), and 4483 us in all where none is (4274)
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
@@ -77,6 +82,7 @@ all loads ahead                scans with decays (not timed with K = V = 256): s
                                simple GLA 49 (62) at B4 T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697);
                                states of gated 345 (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161
                                (1255). Not: other adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244)
+                               Loops over tiles of keys load nothing else: gradients of KDA 2720 (2708), RWKV-7 3787 (3810)
 fewer registers                168 or 128 spill in nearly every kernel: whole calls take 1.1 to 4 times as long
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
                                3034 (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
@@ -333,7 +339,8 @@ def _recomputing_after(choice: Choice, kind: Kind, load: Load) -> Choice:
         keys = replace(scan, block=32, num_warps=2)
         products = Tuning(0, 0, 1, 1) if kind.scalar else products
     kernels |= {"states_keys": keys, "adjoint_keys": keys, "products": products}
-    kernels |= {"gradients": Tuning(0, 0, 1, 3, ahead=True)}
+    numbers = Tuning(0, 0, 1, 3, ahead=True)
+    kernels |= {"inner_products": numbers, "gradients": numbers}
     if kind.solves:
         maps = Tuning(64, 0, 4, 4)
         kernels |= {"adjoint_spans": maps, "adjoint_spans_matrix": maps}
