@@ -317,6 +317,29 @@ def test_every_candidate_of_the_search_is_a_plan_of_its_own(op, direction):
     assert {c.recompute for c in choices} == {False, choices[0].recompute}
 
 
+def test_all_candidates_go_to_one_process(tmp_path, monkeypatch):
+    """More than fits into an argument (128 KiB); answers come back by number."""
+    worker = tmp_path / "worker"
+    lines = [
+        f"#!{sys.executable}",
+        "from lmoe_compiler.bench import trial",
+        "trial.attempt = lambda *_: 0.5",
+    ]
+    worker.write_text("\n".join([*lines, "trial.main()", ""]))
+    worker.chmod(0o700)
+    request = request_of(RECURRENCES["gated_delta_rule"].program(), "backward", GATE_SHAPES[1])
+    numbered = [(number, request.rule()) for number in range(200)]
+    assert len(json.dumps([tune.tuned.encode(choice) for _, choice in numbered])) > 2**17
+    monkeypatch.setattr(tune.sys, "executable", str(worker))
+    task = {
+        "op": "gated_delta_rule",
+        "shape": GATE_SHAPES[1],
+        "direction": "backward",
+        "what": "time",
+    }
+    assert tune.trials(task, numbered, 60) == dict.fromkeys(range(200), 0.5)
+
+
 # -- state exchanges on several processes --------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Tries plans one after another in one process: each is checked against float64, then timed. One JSON line a trial.
 
-python -m lmoe_compiler.bench.trial '{"op": .., "shape": .., "direction": .., "what": "check", "choices": [..]}'
+python -m lmoe_compiler.bench.trial <<< '{"op": .., "shape": .., "direction": .., "what": "check", "choices": [..]}'
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def attempt(workload: Workload, shape: Shape, direction: str, what: str, choice:
 
 
 def main() -> None:
-    task: dict[str, Any] = json.loads(sys.argv[1])
+    task: dict[str, Any] = json.load(sys.stdin)
     workload, shape = WORKLOADS[task["op"]], tuple(task["shape"])
     for number, row in task["choices"]:
         print(json.dumps([number, "begin"]), flush=True)

@@ -191,15 +191,12 @@ def trials(
     left = list(numbered)
     while left:
         rows = [[number, tuned.encode(choice)] for number, choice in left]
-        command = [
-            sys.executable,
-            "-m",
-            "lmoe_compiler.bench.trial",
-            json.dumps(task | {"choices": rows}),
-        ]
+        command = [sys.executable, "-m", "lmoe_compiler.bench.trial"]
+        # On its standard input: a hundred choices are too long for an argument.
+        work = json.dumps(task | {"choices": rows})
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=limit, check=False
+                command, input=work, capture_output=True, text=True, timeout=limit, check=False
             )
             output, reason = done.stdout, (done.stderr.strip().splitlines() or ["died"])[-1]
         except subprocess.TimeoutExpired as expired:
