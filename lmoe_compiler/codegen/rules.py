@@ -54,13 +54,13 @@ the same after the adjoint     scans for what systems solve, then products of pa
                                (2296), 2520 (3194), 453 (568), 3290 (4021), 283 (301), 7490 (8019). Simple GLA, chunks
                                of 32: 946 (1097), 1301 (1539), 247 (301), RetNet 1034 (1164), Mamba-2 1176 (1327). Not
                                K = V = 32, delta rule B8 T2048 H16: 384 (358); simple GLA of 64: 101 (65)
-their <S, d.S>                 followed by sums of numbers from both ends of a span, which takes gated 1884 for 1858 (from
-                               its start only), B1 T8192 H96 2520 (2484), B4 T2048 453 (447), simple GLA 946 (913), 1301
-                               (1286), 247 (234). Error of dg in bf16 at B4 T2048, gates times 20, 1, 0.3, 0.1, 0.03,
-                               0.01, 0: gated 0.0015, 0.0018, 0.0041, 0.0058, 0.0056, 0.0055, 0.0039 (from its start
-                               0.0017, 0.0017, -, 0.0133, -, 0.0076, 0.0049; of states 0.0023, 0.0024, -, 0.0028, -,
-                               0.0035, 0.0040; the library 0.0024, -, -, 0.0034, -, 0.0095, 0.0150). The product where a
-                               span ends by states_keys: no scan of d.S beside it, simple GLA 1032, 1397, 268. Summed up
+their <S, d.S>                 followed by sums of numbers from both ends of a span: gated 1884 (from its start only
+                               1858), B1 T8192 H96 2520 (2484), B4 T2048 453 (447), simple GLA 946 (913), 1301 (1286),
+                               247 (234). Error of dg in bf16 at B4 T2048, gates times 20, 1, 0.3, 0.1, 0.03, 0.01, 0:
+                               gated 0.0015, 0.0018, 0.0041, 0.0058, 0.0056, 0.0055, 0.0039 (from its start 0.0017,
+                               0.0017, -, 0.0133, -, 0.0076, 0.0049; of states 0.0023, 0.0024, -, 0.0028, -, 0.0035,
+                               0.0040; the library 0.0024, -, -, 0.0034, -, 0.0095, 0.0150). The product where a span
+                               ends by states_keys: no scan of d.S beside it, simple GLA 1032, 1397, 268. Summed up
                                from gradients of states, stored for each chunk: gated 2106, B1 T8192 H96 2876
 their scans by keys            tiles of 64 keys, 4 warps, 3 stages: gated 2446 at B1 T8192 H96 (2 stages 2705; tiles of
                                32: 2690, of 128, 8 warps: 2770; all loads ahead 2800). Row factors on the keys, not on
@@ -81,8 +81,8 @@ all loads ahead                scans with decays (not timed with K = V = 256): s
                                GLA 84 (104), with their maps 483 (583; maps not ahead 555), KDA 721 (803); scan of
                                simple GLA 49 (62) at B4 T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697);
                                states of gated 345 (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161
-                               (1255). Not: other adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244)
-                               Loops over tiles of keys load nothing else: gradients of KDA 2720 (2708), RWKV-7 3787 (3810)
+                               (1255). Not: other adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244).
+                               Loops over tiles of keys: gradients of KDA 2720 (2708), RWKV-7 3787 (3810), not done
 fewer registers                168 or 128 spill in nearly every kernel: whole calls take 1.1 to 4 times as long
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
                                3034 (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
