@@ -11,6 +11,7 @@ import pytest
 
 from lmoe_compiler.bench.plans import request_of
 from lmoe_compiler.codegen.extent import shape_of
+from lmoe_compiler.codegen.gradient_scans import Scans
 from lmoe_compiler.codegen.inner_products import InnerProduct, followed, inner_product, mean
 from lmoe_compiler.codegen.launcher import Launcher
 from lmoe_compiler.codegen.plan import Carry
@@ -25,7 +26,7 @@ CARRIED = {n: frozenset({n.name}) for n in (S, D)}
 
 
 def sums(build: Builder, *products: InnerProduct) -> RowSums:
-    return RowSums(build, [], {}, dict(CARRIED), products)
+    return RowSums(build, Scans([], {}, dict(CARRIED)), products)
 
 
 def number(build: Builder, state: Node) -> Node:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lmoe_compiler.codegen.backward_graph import BackwardGraph
-from lmoe_compiler.codegen.gradient_scans import Scan, shared_out
+from lmoe_compiler.codegen.gradient_scans import Scan, Scans
 from lmoe_compiler.codegen.partition import dependences, value_axes
 from lmoe_compiler.codegen.plan import Call, Choice, Plan
 from lmoe_compiler.codegen.products import contracted_values
@@ -37,7 +37,7 @@ def _storing_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan:
     depends = dependences(graph.nodes, graph.carried)
     solved = {**part.stored, **{s.node: s.value for s in states}}
     by_values = Scan(graph.reverse, -1, graph.states)
-    late = shared_out(graph.outputs, [by_values], solved, depends)
+    late = Scans([by_values], solved, depends).share_out(graph.outputs)
     entries, exits = graph.of_chunks(closure([s.node for s in late]))
     if entries or states:
         part.add("states", "forward", graph.forward, [*entries, *states], graph.kept[0].span)

@@ -110,55 +110,46 @@ def _running(nodes: Sequence[Node], axis: str, stored: Mapping[Node, Value]) -> 
     return any(axis in n.axes for n in running)
 
 
-def shared_out(
-    outputs: Sequence[Store],
-    scans: Sequence[Scan],
-    stored: Mapping[Node, Value],
-    depends: Mapping[Node, frozenset[str]],
-) -> list[Store]:
-    """Gives each gradient to the first scan that can write it; what remains to be computed."""
-    late: list[Store] = []
-    for store in outputs:
-        scan = next((s for s in scans if s.writes(store, stored, depends)), None)
-        if scan and store.value.axes:
-            scan.stores.append(store)
-        else:
-            late.append(store)
-    return late
+@dataclass
+class Scans:
+    """Scans in the order in which they run, what lies in memory for them, and which carried values each node needs."""
 
+    scans: Sequence[Scan]
+    stored: Mapping[Node, Value]
+    depends: Mapping[Node, frozenset[str]]
 
-def in_terms(
-    store: Store,
-    scans: Sequence[Scan],
-    stored: Mapping[Node, Value],
-    depends: Mapping[Node, frozenset[str]],
-) -> bool:
-    """Gives each term of a gradient to the last scan that can write it; False, and nothing given, where one has none.
+    def share_out(self, outputs: Sequence[Store]) -> list[Store]:
+        """Gives each gradient to the first scan that can write it; what remains to be computed."""
+        late: list[Store] = []
+        for store in outputs:
+            scan = next((s for s in self.scans if s.writes(store, self.stored, self.depends)), None)
+            if scan and store.value.axes:
+                scan.stores.append(store)
+            else:
+                late.append(store)
+        return late
 
-    Those of `scans` that are tiled along the same axes are in the order in which they run.
-    """
-    build = Builder()
-    found: dict[int, list[tuple[int, Node]]] = {}
-    for sign, term in terms_of(store.node, 1, stored):
-        last = last_of(replace(store, node=term), scans, stored, depends)
-        if last is None:
-            return False
-        found.setdefault(last, []).append((sign, term))
-    total: Node | None = None
-    for i in sorted(found):
-        own = signed(build, found[i])
-        # What the scans before it left is where the sum goes.
-        total = own if total is None else build.make("add", total, own)
-        scans[i].stores.append(replace(store, node=total))
-    return True
+    def share_terms(self, store: Store) -> bool:
+        """Gives each term of a gradient to the last scan that can write it; False, and nothing given, where one has
+        none.
+        """
+        build = Builder()
+        found: dict[int, list[tuple[int, Node]]] = {}
+        for sign, term in terms_of(store.node, 1, self.stored):
+            last = self.last(replace(store, node=term))
+            if last is None:
+                return False
+            found.setdefault(last, []).append((sign, term))
+        total: Node | None = None
+        for i in sorted(found):
+            own = signed(build, found[i])
+            # What the scans before it left is where the sum goes.
+            total = own if total is None else build.make("add", total, own)
+            self.scans[i].stores.append(replace(store, node=total))
+        return True
 
-
-def last_of(
-    store: Store,
-    scans: Sequence[Scan],
-    stored: Mapping[Node, Value],
-    depends: Mapping[Node, frozenset[str]],
-) -> int | None:
-    """The number of the last scan that can write a value."""
-    able = [i for i, s in enumerate(scans) if s.writes(store, stored, depends)]
-    return able[-1] if able else None
+    def last(self, store: Store) -> int | None:
+        """The number of the last scan that can write a value."""
+        numbered = enumerate(self.scans)
+        able = [i for i, s in numbered if s.writes(store, self.stored, self.depends)]
+        return able[-1] if able else None

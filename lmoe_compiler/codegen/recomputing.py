@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lmoe_compiler.codegen.backward_graph import BackwardGraph, from_spans
-from lmoe_compiler.codegen.gradient_scans import Scan, in_terms, shared_out
+from lmoe_compiler.codegen.gradient_scans import Scan, Scans
 from lmoe_compiler.codegen.inner_products import Followed, followed, inner_product, mean
 from lmoe_compiler.codegen.partition import dependences
 from lmoe_compiler.codegen.plan import Call, Carry, Choice, Plan, Store, Value
@@ -168,14 +168,15 @@ class _Shares:
         known = Scan((), 0, graph.carried | names)
         after = bool(solved or products)
         left = [replace(v, name=f"d{v.name}", whole=False) for v in graph.kept]
-        scans = [by_values, *by_keys, *([known] if after and graph.part.choice.products else [])]
-        rest = shared_out(graph.outputs, scans, stored, depends)
-        if not all(in_terms(s, scans, stored, depends) for s in rest if s.value.axes):
+        last = [known] if after and graph.part.choice.products else []
+        scans = Scans([by_values, *by_keys, *last], stored, depends)
+        rest = scans.share_out(graph.outputs)
+        if not all(scans.share_terms(s) for s in rest if s.value.axes):
             return None
-        sums = RowSums(graph.build, scans, stored, depends, products)
+        sums = RowSums(graph.build, scans, products)
         late, through = _added_up(graph, sums, [s for s in rest if not s.value.axes])
         carries = [c for f in through for way in (f.from_entry, f.from_exit) for c in way.carries]
-        there = {*stored, *(s.node for scan in scans for s in scan.stores)}
+        there = {*stored, *(s.node for scan in scans.scans for s in scan.stores)}
         needed = closure([*(s.node for s in late), *(c.following for c in carries)], there)
         if any(c.leaf in needed for c in (*graph.forward, *graph.reverse)):
             return None

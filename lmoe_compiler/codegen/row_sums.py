@@ -11,10 +11,10 @@ Used by recomputing.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lmoe_compiler.codegen.gradient_scans import Scan, last_of
+from lmoe_compiler.codegen.gradient_scans import Scans
 from lmoe_compiler.codegen.inner_products import InnerProduct
 from lmoe_compiler.codegen.plan import Store, Value
 from lmoe_compiler.codegen.reach import closure
@@ -45,9 +45,7 @@ class RowSums:
     """Takes sums apart; `products` are the inner products that are known as leaves."""
 
     build: Builder
-    scans: Sequence[Scan]
-    stored: Mapping[Node, Value]
-    depends: Mapping[Node, frozenset[str]]
+    scans: Scans
     products: Sequence[InnerProduct]
 
     def of(self, roots: Sequence[Node]) -> list[Node]:
@@ -57,7 +55,7 @@ class RowSums:
             node = signed(self.build, members)
             scan = self.last(node)
             if scan is not None:
-                self.scans[scan].stores.append(Store(node, self.value(f"sum_{number}", node)))
+                self.scans.scans[scan].stores.append(Store(node, self.value(f"sum_{number}", node)))
             for use, count in uses:
                 sums.setdefault(use, []).extend([(1 if count > 0 else -1, node)] * abs(count))
         found: list[list[tuple[int, Node]]] = [[] for _ in roots]
@@ -84,14 +82,14 @@ class RowSums:
 
     def terms(self, node: Node, sign: int, steps: Steps) -> Iterator[tuple[int, Steps, Node]]:
         """Terms with their signs and what is done to them. Sums that are stored too: their terms may meet others."""
-        linear = None if node in self.stored else self.linear(node)
+        linear = None if node in self.scans.stored else self.linear(node)
         if node.op in SUMS:
             for each, term in terms_of(node, sign):
                 yield from self.terms(term, each, steps)
-        elif node in self.stored:
+        elif node in self.scans.stored:
             yield sign, steps, node
         elif node.op == "mul":
-            yield from self.product(factors_of(node, self.stored), sign, steps)
+            yield from self.product(factors_of(node, self.scans.stored), sign, steps)
         elif linear is not None:
             operands = tuple([None if i == linear else a for i, a in enumerate(node.args)])
             step = (node.op, operands, node.attrs)
@@ -121,10 +119,10 @@ class RowSums:
         """A product that no scan can write, without the factors that are known."""
         factors = self.with_leaves(factors)
         for factor in factors:
-            if factor.op in SUMS and factor not in self.stored and self.carried(factor):
+            if factor.op in SUMS and factor not in self.scans.stored and self.carried(factor):
                 others = [f for f in factors if f is not factor]
-                for each, term in terms_of(factor, sign, self.stored):
-                    parts = [*others, *factors_of(term, self.stored)]
+                for each, term in terms_of(factor, sign, self.scans.stored):
+                    parts = [*others, *factors_of(term, self.scans.stored)]
                     yield from self.product(parts, each, steps)
                 return
         term = self.build.product(factors)
@@ -155,12 +153,11 @@ class RowSums:
         return node
 
     def carried(self, node: Node) -> bool:
-        return any(self.depends.get(n) for n in closure([node], self.stored))
+        return any(self.scans.depends.get(n) for n in closure([node], self.scans.stored))
 
     def last(self, node: Node) -> int | None:
         """The last scan that can write a term; None if none can."""
-        store = Store(node, self.value("", node))
-        return last_of(store, self.scans, self.stored, self.depends)
+        return self.scans.last(Store(node, self.value("", node)))
 
     def value(self, name: str, node: Node) -> Value:
         return Value(name, (), "vector" if ROW in node.axes else "chunk", "fp32")
