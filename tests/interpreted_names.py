@@ -43,19 +43,21 @@ def test_names_of_inputs(query, key, monkeypatch):
     """Functions that kernels call, and names of what they pass on."""
     spans = Choice(16, span=32, prepare=True, prepare_rows=True, default=Tuning(16))
     monkeypatch.setattr(tuned, "lookup", lambda *_: spans)
+    compare(query, key, "g", "g.exp()[:, None]", vector=True)
+
+
+def compare(query: str, key: str, gate: str, decay: str, vector: bool) -> None:
+    """Kernels of a recurrence whose inputs have these names against its reference."""
     source = (
-        f"def step(S, {query}, {key}, value, g):\n"
-        f"    S = g.exp()[:, None] * S + torch.outer({key}, value)\n"
+        f"def step(S, {query}, {key}, value, {gate}):\n"
+        f"    S = {decay} * S + torch.outer({key}, value)\n"
         f"    return S, S.T @ {query}\n"
     )
     K, V = (type(name, (Dim,), {"__doc__": name}) for name in "KV")
-    kinds = {"S": State[K, V], query: Token[K], key: Token[K], "value": Token[V], "g": Token[K]}
+    kinds = {"S": State[K, V], query: Token[K], key: Token[K], "value": Token[V]}
+    kinds[gate] = Token[K] if vector else Token[()]
     inputs = [torch.randn(1, 40, 1, size) for size in (6, 6, 5)]
-    compare(source, kinds, [*inputs, -torch.rand(1, 40, 1, 6)])
-
-
-def compare(source: str, kinds: dict[str, object], inputs: list[torch.Tensor]) -> None:
-    """Kernels of a recurrence that is given as text against its reference."""
+    inputs.append(-torch.rand(1, 40, 1, 6) if vector else -torch.rand(1, 40, 1))
     run.forget()
     scope = {"torch": torch}
     exec(source, scope)
@@ -80,12 +82,4 @@ def test_names_of_gates(gate, monkeypatch):
     """Names of what is left of inner products of states and their gradients."""
     recomputed = Choice(16, prepare=True, products=True, recompute=True, default=Tuning(16))
     monkeypatch.setattr(tuned, "lookup", lambda *_: recomputed)
-    source = (
-        f"def step(S, q, k, v, {gate}):\n"
-        f"    S = {gate}.exp() * S + torch.outer(k, v)\n"
-        f"    return S, S.T @ q\n"
-    )
-    K, V = (type(name, (Dim,), {"__doc__": name}) for name in "KV")
-    kinds = {"S": State[K, V], "q": Token[K], "k": Token[K], "v": Token[V], gate: Token[()]}
-    inputs = [torch.randn(1, 40, 1, size) for size in (6, 6, 5)]
-    compare(source, kinds, [*inputs, -torch.rand(1, 40, 1)])
+    compare("q", "k", gate, f"{gate}.exp()", vector=False)

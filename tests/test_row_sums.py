@@ -182,11 +182,11 @@ def test_parts_of_spans_lie_in_their_tensor(shape):
     request = request_of(RECURRENCES["gated_delta_rule"].program(), "backward", shape)
     plan = request.plan(request.choice())
     kernel = next(k for k in plan.kernels if k.name == "adjoint_keys")
-    end = kernel.ends[0]
-    assert end.value.parts == 2
+    # In sections the product where a span ends too: the next span may be of another section.
+    names = ["S_entry_sum", "S_exit_sum"] if plan.passed else ["S_entry_sum"]
+    assert [(end.value.name, end.value.parts) for end in kernel.ends] == [(n, 2) for n in names]
     printer = KernelPrinter(plan, kernel)
     text = "\n".join(printer.print(function_name(plan, kernel)))
-    (address,) = re.findall(r"tl.store\(S_entry_sum \+ (.*), \(b_", text)
     batch, length, heads, _ = shape
     tokens = min(length, plan.choice.section or length)
     extent = SimpleNamespace(**vars(request.extent) | {"length": tokens})
@@ -196,9 +196,11 @@ def test_parts_of_spans_lie_in_their_tensor(shape):
         "i_n": batch - 1, "i_s": -(-tokens // 512) - 1,
         "tl": SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
     }  # fmt: skip
-    last = eval(address.replace(".to(tl.int64)", ""), numbers)
-    parts, slots, own = shape_of(end.value, plan, extent, kernel)
-    assert last == parts * slots * own - 1
+    for end in kernel.ends:
+        (address,) = re.findall(rf"tl.store\({end.value.name} \+ (.*), \(b_", text)
+        last = eval(address.replace(".to(tl.int64)", ""), numbers)
+        parts, slots, own = shape_of(end.value, plan, extent, kernel)
+        assert last == parts * slots * own - 1
 
 
 def test_no_more_registers_than_a_plan_says():

@@ -190,7 +190,7 @@ class Addresses:
         if whole and value.per == "chunk":
             slot = "(i_n.to(tl.int64) * tl.cdiv(T_ALL, C) + T_0 // C + i_c)"
         if value.per == "span":
-            index = f"{self.span_index(value)}{' + 1' if value.following else ''}"
+            index = f"{self.span_index(value)}{' + 1' if value.of_next else ''}"
             slot = f"({self.first_slot(value)} + {index}).to(tl.int64)"
         if value.parts:
             slot = f"({self.part(part)} * {self.slots(value)} + {slot})"
@@ -201,10 +201,10 @@ class Addresses:
             "head": "i_h",
         }[value.per]
         pointers, mask, dims = self.state_block(name, index, value.axes)
-        there = [self.followed(value)] if value.following else []
+        there = [self.next_exists(value)] if value.of_next else []
         return pointers, " & ".join([*there, *([mask] if mask else [])]), dims
 
-    def followed(self, value: Value) -> str:
+    def next_exists(self, value: Value) -> str:
         """Whether there is a span after this program's."""
         assert self.kernel.span == value.span
         if value.whole and self.sectioned:

@@ -89,7 +89,7 @@ class Value:
     With `parts` it is a sum over a leading axis of that length, one part per tile of the kernel that stores it: kernels
     that read it add them up.
     A value of the `whole` call comes from the caller or goes to it; others are of one section where there are any.
-    `following` is that of the span after this one, zeros after a sequence's last.
+    `of_next` is that of the span after this one, zeros after a sequence's last.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Value:
     parts: int = 0
     span: int = 0
     whole: bool = False
-    following: bool = False
+    of_next: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def recomputing_plan(adjoint: ChunkAdjoint, choice: Choice, call: Call) -> Plan 
     if shares is None:
         return None
     part, span = graph.part, graph.kept[0].span
-    ends = shares.ends(graph)
+    exits = shares.exit_states(graph)
     if graph.solved_states:
         # It has more registers to spare than states_keys.
-        part.add("states", "forward", graph.forward, graph.solved_states, span, ends=ends)
+        part.add("states", "forward", graph.forward, graph.solved_states, span, ends=exits)
     if shares.starts:
         carries = _after_the_adjoint(graph, shares)
     else:
@@ -80,10 +80,10 @@ def _after_the_adjoint(graph: BackwardGraph, shares: _Shares) -> list[Carry]:
         if stores:
             part.add("products", "parallel", (), stores)
     span = kept[0].span
-    ends = [] if graph.solved_states else shares.ends(graph)
-    if states_keys.stores or ends:
+    exits = [] if graph.solved_states else shares.exit_states(graph)
+    if states_keys.stores or exits:
         forward = states_keys.tiled_rows_scaled(part.stored)
-        part.add("states_keys", "forward", forward, states_keys.stores, span, ends=ends)
+        part.add("states_keys", "forward", forward, states_keys.stores, span, ends=exits)
     reverse = from_spans(adjoint_keys.tiled_rows_scaled(part.stored), shares.starts)
     ends, known = _of_spans(graph, shares)
     kernel = part.add(
@@ -93,7 +93,7 @@ def _after_the_adjoint(graph: BackwardGraph, shares: _Shares) -> list[Carry]:
     for f in shares.followed:
         # Where a span ends, the next one starts.
         entry, exit_ = f.from_entry.start.value.name, f.from_exit.start.value.name
-        left.setdefault(exit_, replace(left[entry], following=True))
+        left.setdefault(exit_, replace(left[entry], of_next=True))
     if shares.followed:
         back = _started([c for f in shares.followed for c in f.from_exit.carries], left)
         stores = [s for f in shares.followed for s in f.late]
@@ -109,11 +109,11 @@ def _of_spans(graph: BackwardGraph, shares: _Shares) -> tuple[list[Store], dict[
     """
     states = {c.leaf: v for c, v in zip(graph.forward, graph.kept, strict=True)}
     gradients = {c.leaf: v for c, v in zip(graph.reverse, shares.starts, strict=True)}
-    last = {s.node: s.value for s in shares.ends(graph)}
+    last = {s.node: s.value for s in shares.exit_states(graph)}
     ends, known = [f.from_entry.start for f in shares.followed], dict(states)
     for f in shares.followed:
         state, gradient = f.product.state, f.product.gradient
-        value = last.get(state) or replace(states[state], following=True)
+        value = last.get(state) or replace(states[state], of_next=True)
         known |= dict(zip(f.at_exit, (value, gradients[gradient]), strict=True))
         if state in last or graph.part.choice.section:
             ends.append(f.from_exit.start)
@@ -141,7 +141,7 @@ class _Shares:
     starts: tuple[Value, ...]
     followed: list[Followed]
 
-    def ends(self, graph: BackwardGraph) -> list[Store]:
+    def exit_states(self, graph: BackwardGraph) -> list[Store]:
         """States where spans end that have to be left for `followed`: the last one's is kept nowhere, and matters where
         a gradient of the final state is given. Others are those that the spans after them start from.
         """
