@@ -120,7 +120,8 @@ class RowSums:
         factors = self.with_leaves(factors)
         for factor in factors:
             if factor.op in SUMS and factor not in self.scans.stored and self.carried(factor):
-                others = [f for f in factors if f is not factor]
+                others = list(factors)
+                others.remove(factor)
                 for each, term in terms_of(factor, sign, self.scans.stored):
                     parts = [*others, *factors_of(term, self.scans.stored)]
                     yield from self.product(parts, each, steps)

@@ -10,8 +10,11 @@ Before: tile.py. After: partition.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 
 from lmoe_compiler.codegen.tile import Builder
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, topological
@@ -55,12 +58,12 @@ def _spread(build: Builder, node: Node, moving: set[Node], done: dict[Node, Node
     if node["axis"] != SOURCE or len(fixed) != 1 or len(other) != 1:
         return None
     terms = list(_terms(other[0].args[0], moving))
-    shared = [f for f in terms[0].rows if all(f in term.rows for term in terms)]
+    shared = reduce(and_, (Counter(term.rows) for term in terms))
     rests = [_without(build, term, shared, done) for term in terms]
     if len(terms) < 2 or not any(rest.op == "input" for rest in rests):
         return None
     factor = done[fixed[0]]
-    for row in shared:
+    for row in shared.elements():
         factor = build.make("mul", factor, build.make("rename", done[row], old=ROW, new=SOURCE))
     result: Node | None = None
     for term, rest in zip(terms, rests, strict=True):
@@ -90,10 +93,9 @@ def _terms(
         yield Term(minus, rows, node)
 
 
-def _without(build: Builder, term: Term, shared: Sequence[Node], done: dict[Node, Node]) -> Node:
+def _without(build: Builder, term: Term, shared: Counter[Node], done: dict[Node, Node]) -> Node:
     """The term without its shared row factors."""
     result = done[term.rest]
-    for row in term.rows:
-        if row not in shared:
-            result = build.make("mul", done[row], result)
+    for row in (Counter(term.rows) - shared).elements():
+        result = build.make("mul", done[row], result)
     return result
