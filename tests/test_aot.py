@@ -98,10 +98,6 @@ def test_forward_kernels_are_within_budget(name):
     within_budget(compiled(name, "--directions", "forward"))
 
 
-OVER_BUDGET = {("rwkv7", "gradients_far"): 324}
-"""Bytes that they spill. A kernel for each result spills 32 at most, but they take 2.75 times as long (rules.RULES)."""
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -109,10 +105,7 @@ OVER_BUDGET = {("rwkv7", "gradients_far"): 324}
     "linear_attention simple_gla retention mamba2 gla delta_rule gated_delta_rule kda rwkv7".split(),
 )
 def test_kernels_of_the_backward_are_within_budget(name):
-    rows = compiled(name, "--directions", "backward")
-    within_budget([row for row in rows if (name, row["kernel"]) not in OVER_BUDGET])
-    for row in rows:
-        assert row["spill_stores"] <= 1.1 * OVER_BUDGET.get((name, row["kernel"]), 64)
+    within_budget(compiled(name, "--directions", "backward"))
 
 
 @pytest.mark.slow

@@ -101,6 +101,23 @@ def test_unit_queries_and_keys(case, dtype):
     assert_right(case, inputs, states, dtype)
 
 
+@pytest.mark.parametrize("name", ["gla", "hgrn2", "kda", "rwkv7"])
+def test_gradients_of_vector_gates_are_as_exact_as_others(name):
+    """With decays of some tokens' length: of sums over a chunk most cancels, and what is left must not be roundings."""
+    case = BY_NAME[name]
+    inputs, states = prepared(case, Sizes(1, 512, 2, 128, 128), half)
+    for key in {"q", "k"} & inputs.keys():
+        inputs[key] = F.normalize(inputs[key].float(), dim=-1).to(half)
+    gate = "f" if name == "hgrn2" else "g"
+    x = inputs[gate]
+    inputs[gate] = x + 2 if gate == "f" else -F.softplus(x) / 16
+    exact = exact_in_chunks(case, inputs, states)
+    actual = differentiated(generated(case), inputs, states).tensors()
+    errors = {n: relative_rms(x, exact[n]) for n, x in actual.items() if n.startswith("d")}
+    error = errors.pop(f"d{gate}")
+    assert error <= 1.4 * max(errors.values()), (error, errors)
+
+
 REPEATED_KEYS = [case for case in CASES if "beta" in case.gates]
 
 

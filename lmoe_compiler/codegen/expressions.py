@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 
 from lmoe_compiler.codegen.addresses import Addresses
@@ -10,6 +11,7 @@ from lmoe_compiler.codegen.names import axis_name, identifier
 from lmoe_compiler.codegen.near_form import is_running
 from lmoe_compiler.codegen.plan import Kernel, Plan, Value
 from lmoe_compiler.codegen.reach import closure
+from lmoe_compiler.codegen.simplify import bare
 from lmoe_compiler.codegen.statements import (
     CHUNK_OPS,
     COMPARISONS,
@@ -20,11 +22,6 @@ from lmoe_compiler.codegen.statements import (
     spread,
 )
 from lmoe_compiler.ir.nodes import POINTWISE, ROW, SOURCE, Node
-
-
-def bare(node: Node) -> Node:
-    """A value, whichever axis it is seen along."""
-    return node.args[0] if node.op == "rename" else node
 
 
 class Expressions(Addresses):
@@ -131,6 +128,8 @@ class Expressions(Addresses):
             return self.pointwise(node, operands)
         if node.op == "rename":
             return self.rename(node, operands[0])
+        if node.op == "rounded":
+            return replace(self.dot_type(operands[0]), type="raw")
         if node.op == "dot":
             computed = not all(self.is_load(bare(a)) for a in node.args)
             full = (self.kernel.tuning.full and computed) or any(map(self.kept_full, node.args))

@@ -94,9 +94,13 @@ class Parallel(Indices):
         self.write(f"for i_{a} in range(0, tl.cdiv({a}, B{a})):")
         self.depth += 1
         self.print_axis(axis)
-        for node in walked:
+        # Sums over levels fill the registers: what they do not read is loaded after them.
+        levels = [n for n in walked if n.op == "level_sum" and kind(n) == "tile"]
+        for node in closure(levels, self.cut) if levels else walked:
             if self.is_load(node) and kind(node) == "tile" and not self.stays_shared:
                 self.emit(node)
+        for node in levels:
+            self.emit(node)
         for node, total in totals.items():
             block = self.emit(node)
             if id(node) not in self.totals:

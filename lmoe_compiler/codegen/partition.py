@@ -29,25 +29,43 @@ from lmoe_compiler.codegen.plan import (
     padded,
 )
 from lmoe_compiler.codegen.reach import closure
-from lmoe_compiler.codegen.simplify import merge_levels, merge_sums
+from lmoe_compiler.codegen.simplify import bare, merge_levels, merge_sums
 from lmoe_compiler.codegen.spans import span_carries
 from lmoe_compiler.codegen.tile import Builder, inside_levels
 from lmoe_compiler.codegen.tiling import split
 from lmoe_compiler.ir.nodes import ROW, SOURCE, Node, Program
 
+FAR_RESULTS = 4
+"""Rows made of sums over levels that one far kernel stores at most: five spill."""
+
 
 def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list[Kernel]:
-    """A kernel for chunks whose decays are all near, and one that redoes the others.
+    """A kernel for chunks whose decays are all near, and those that redo the others.
 
     In one kernel the registers of the loop over levels would be taken from every chunk; alone, it has them of twice
     the warps.
     """
     reach = Value(f"{kernel.name}_reach", (), "program", "fp32")
-    near = replace(kernel, levels="near", reach=reach, stores=near_form(kernel.stores, cut, exact))
+    stores = near_form(kernel.stores, cut, exact, kernel.tuning.full)
+    found = [replace(kernel, levels="near", reach=reach, stores=stores)]
     tuning = replace(kernel.tuning, num_warps=min(8, 4 * kernel.tuning.num_warps))
-    name, stores = f"{kernel.name}_far", _levels_merged(kernel.stores, cut)
-    far = replace(kernel, name=name, levels="far", reach=reach, tuning=tuning, stores=stores)
-    return [near, far]
+    for part in _parts(_levels_merged(kernel.stores, cut), cut):
+        nodes = set(closure([s.node for s in part], cut))
+        loads = tuple([load for load in kernel.loads if load.node in nodes])
+        name = f"{kernel.name}_far{f'_{len(found)}' if len(found) > 1 else ''}"
+        far = replace(kernel, name=name, levels="far", reach=reach, tuning=tuning)
+        found.append(replace(far, loads=loads, stores=tuple(part)))
+    return found
+
+
+def _parts(stores: Sequence[Store], cut: Mapping[Node, Value]) -> list[Sequence[Store]]:
+    """What each far kernel stores: one half of too many rows of sums apart from all else."""
+    rows = [s for s in stores if s.value.per == "row" and SOURCE not in s.value.axes]
+    sums = [s for s in rows if any(n.op == "level_sum" for n in closure([s.node], cut))]
+    if len(sums) <= FAR_RESULTS:
+        return [stores]
+    half = sums[: len(sums) // 2]
+    return [half, [s for s in stores if s not in half]]
 
 
 def _levels_merged(stores: Sequence[Store], cut: Mapping[Node, Value]) -> tuple[Store, ...]:
@@ -295,7 +313,6 @@ def named(nodes: Iterable[Node]) -> dict[str, Node]:
 
 def _meets_loads(nodes: Iterable[Node]) -> set[Node]:
     """The operands of products with a block that is an input of the recurrence."""
-    bare = lambda n: n.args[0] if n.op == "rename" else n  # noqa: E731
     pairs = [[bare(a) for a in n.args] for n in nodes if n.op == "dot"]
     return {x for a, b in pairs for x, y in ((a, b), (b, a)) if y.op == "input"}
 

@@ -181,7 +181,7 @@ class Kernel:
     @property
     def tuned_as(self) -> str:
         """Its name in a Choice: a far kernel has the tiles of its near kernel."""
-        return self.name.removesuffix("_far")
+        return self.name.partition("_far")[0]
 
     @property
     def roots(self) -> tuple[Node, ...]:

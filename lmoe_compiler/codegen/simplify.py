@@ -145,6 +145,11 @@ def merge_sums(
     return [done[root] for root in roots]
 
 
+def bare(node: Node) -> Node:
+    """A value, whichever axis it is seen along."""
+    return node.args[0] if node.op == "rename" else node
+
+
 def terms_of(node: Node, sign: int, loaded: Container[Node] = ()) -> list[tuple[int, Node]]:
     """The terms of a sum with their signs; `loaded` nodes are terms as they are."""
     if node in loaded or node.op not in ("add", "sub", "neg"):
