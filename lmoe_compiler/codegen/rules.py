@@ -34,7 +34,7 @@ gradients, solves              1 warp walks tiles of 32 keys: delta rule 392 (of
                                loaded again: kept, it spills. Numbers of tokens loaded after it: 457, 64 B; KDA 751
                                (743)
 gradients, solves and levels   2 warps walk tiles of 16 keys in 3 stages: KDA 744 (2 stages 805; 4 warps, of 32: 1490;
-                               1 warp 980), RWKV-7 1086 (1131; 4 warps 2742)
+                               1 warp 980), RWKV-7 in 2 for the spills (3 stages 1 % less of a backward; 4 warps 2742)
 gradients, diagonal            tiles of 64 keys, a loop of 3 stages over tiles of 32 values: 1075 (no loop 1122)
 gradients, no decay            in fp32 the same; else scans of their own that store nothing of chunks, in 2 stages:
                                whole backward 589 (as others 829; 3 stages 639; keys and values whole, 8 warps 743), B1
@@ -66,18 +66,25 @@ their scans by keys            tiles of 64 keys, 4 warps, 3 stages: gated 2446 a
                                32: 2690, of 128, 8 warps: 2770; all loads ahead 2800). Row factors on the keys, not on
                                the values: no spills (480 B; 3241). Simple GLA all loads ahead: Mamba-2 1150 (1235),
                                others the same; chunks of 64: 1001 (961), 100 B of spills. K = V = 64, tiles of 32, 2
-                               warps: delta rule B8 T1024 H8 124 (64, 4 warps: 140), gated 171 (178). K = V = 256, of
+                               warps: delta rule B8 T1024 H8 124 (64, 4 warps: 140), gated 171 (178); without products
+                               149, 209, and 8 and 7 MiB less. K = V = 256, of
                                32 in 2 stages: 5511 (of 64, 8 warps: 5962), gated 7515 (8527), 136 B of spills
 their products of pairs        2 warps, keys in tiles of 64: B1 T8192 H96 delta rule 339 (4 warps 388), at most 168
                                registers 265; gated 383 (552; with 168 200 B of spills)
 their sums of numbers          3 stages, all loads ahead: gated B4 T2048 444 (1 stage 459); 1 warp or 2, 2 to 4 stages
                                for those from the end: 462 to 470
-far chunks, a kernel each      RWKV-7's gradients: 0 to 32 B of spills for 324, but where all chunks are far 73 ms (26.6
-                               in one), and 4483 us in all where none is (4274)
+far chunks                     RWKV-7's gradients in two kernels: 0 and 36 B of spills (in one 192; 324 where results
+                               are stored after all sums). A kernel for each result: where all chunks are far 73 ms
+                               (26.6 in one), and 4483 us in all where none is (4274)
+gradients of vector decays     pairs' terms of rows as products take them, rounded: errors of dg in bf16 at B1 T2048 H4
+                               0.0033 for 0.0082 (GLA), 0.0037 for 0.0084 (KDA), 0.0033 for 0.0066 (RWKV-7), 0.0025 for
+                               0.0064 (HGRN2); the library's GLA 0.0018, KDA 0.0030. Backward of GLA 2034 (1993), KDA
+                               2712 (2699), HGRN2 2202 (2150), RWKV-7 3948 (3826; 80 B of spills, in 2 stages 52 B,
+                               3994). In scans that follow <S, d.S>: no more exact (interpreted)
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
                                (1112), HGRN2 489 + 758 (1213), no spills; not done: too little, and products are
                                rounded
-all loads ahead                scans with decays (not timed with K = V = 256): spans of gated 146 (235), KDA 160 (233),
+all loads ahead                scans with decays: spans of gated 146 (235), KDA 160 (233),
                                GLA 84 (104), with their maps 483 (583; maps not ahead 555), KDA 721 (803); scan of
                                simple GLA 49 (62) at B4 T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697);
                                states of gated 345 (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161
@@ -85,7 +92,10 @@ all loads ahead                scans with decays (not timed with K = V = 256): s
                                Loops over tiles of keys: gradients of KDA 2720 (2708), RWKV-7 3787 (3810), not done
 fewer registers                168 or 128 spill in nearly every kernel: whole calls take 1.1 to 4 times as long
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
-                               3034 (2530), KDA 5186 (3269); GLA 2072 (2217), but forward 616 (560) and dg less exact
+                               3034 (2530), KDA 5186 (3269). GLA with prepare of 2 warps and 16 keys, gradients of 32:
+                               1895 (2034), B4 T2048 440 (510), 733 MiB (854), as exact, but gradients of far chunks
+                               spill 504 B, a chunk of 64 is far sooner, and with K = V = 64 Triton 3.7.1 reads shared
+                               memory out of range (a product with a transposed block of registers): not done
 adjoint, solves                tiles of 32 values where tiles of 64 leave SMs idle (867; 909), 4 stages (830; 847)
 scan, no decay                 3 stages where not cut: B4 T2048 47 (2 stages 80, 4: 69), B1 T8192 H96 352 (368), B4
                                T4096 H64 348 (373); in spans 2: 189 (191)
@@ -106,7 +116,13 @@ K = V = 256, B8 T2048 H32      scans of tiles of 128 values with 8 warps, pairs 
                                gated: 1322 (1169); states and adjoint so too without solves or scalar decays: GLA 2183
                                (2500), states of delta rule 897 (1326), KDA 1381 (1519). Gradients of Mamba-2 with 64
                                keys 3397 (32: 7572); prepare of delta rules in tiles of 64 keys 160 (218). These spill
-                               up to 144 B
+                               up to 132 B. All loads ahead where scans have decays: forward of simple GLA 594 (999),
+                               Mamba-2 610 (1008), RetNet 598 (987), KDA 1414 (1690), GLA 927 (938); backward of simple
+                               GLA with the adjoint so too 5206 (5773), GLA 5203 (5546), states of KDA 1236 (1478),
+                               states_keys of gated 2067 (2210), not its adjoint_keys 2021 (1939). Without spills:
+                               forward in tiles of 64 or 32 values delta rule 1421, 1234 (841), KDA 2085, 2106;
+                               gradients of simple GLA in 3 stages 3728 (3246), 8 warps 4743; states_keys of gated of
+                               16 keys 2383
 rows as base and offsets       in scans: spans of scalar decays 70 (87), states of GLA 235 (286), adjoint of simple
                                GLA 285 (317), of RetNet 303 (280); not: adjoint of KDA 831 (763), gradients of RetNet
                                557 (531), scan of linear attention 192 (185)
@@ -338,7 +354,8 @@ def _recomputing_after(choice: Choice, kind: Kind, load: Load) -> Choice:
     elif kind.narrow:
         keys = replace(scan, block=32, num_warps=2)
         products = Tuning(0, 0, 1, 1) if kind.scalar else products
-    kernels |= {"states_keys": keys, "adjoint_keys": keys, "products": products}
+    states_keys = replace(keys, ahead=keys.ahead or (kind.wide and kind.decays))
+    kernels |= {"states_keys": states_keys, "adjoint_keys": keys, "products": products}
     numbers = Tuning(0, 0, 1, 3, ahead=True)
     kernels |= {"inner_products": numbers, "gradients": numbers}
     if kind.solves:
@@ -368,12 +385,13 @@ def _scans(kind: Kind, chunk: int, load: Load, small: bool) -> tuple[Tuning, Tun
     states = replace(states, ahead=ahead and solves)
     adjoint = replace(scan, offsets=scalar, ahead=ahead and kind.general)
     if wide and not (kind.normalised or kind.general or load.few):
-        large = replace(scan, block=128, num_warps=8)
+        large = replace(scan, block=128, num_warps=8, ahead=kind.decays)
         if not (solves and scalar):
             scan = large
+        if not solves:
+            adjoint = replace(large, offsets=scalar)
         if not scalar:
             states = replace(large, num_stages=2, offsets=True)
-            adjoint = adjoint if solves else replace(large, offsets=False)
             adjoint = replace(adjoint, num_stages=2 if vector or not solves else stages)
     elif solves and (small or load.fewest) and not (wide or load.cut):
         scan = replace(scan, block=16)
@@ -404,7 +422,7 @@ def _gradients(kind: Kind) -> Tuning:
         return Tuning(0, 0, 8, 1, full=True)
     if kind.solves:
         if kind.vector:
-            return Tuning(0, 0, 2, 3, inner=16)
+            return Tuning(0, 0, 2, 2 if kind.general else 3, inner=16)
         if kind.narrow:
             return Tuning(0, 0, 1, 1, inner=16) if kind.scalar else Tuning(0, 0, 2, 1)
         return Tuning(0, 0, 1, 3, inner=16) if kind.scalar else Tuning(0, 0, 1, 1, inner=32)
