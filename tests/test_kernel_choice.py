@@ -15,7 +15,7 @@ from cases import CASES, Sizes, make_inputs
 
 from lmoe_compiler import implementation
 from lmoe_compiler.bench import host
-from lmoe_compiler.bench.plans import request_of
+from lmoe_compiler.bench.plans import plan_of, request_of
 from lmoe_compiler.codegen import (
     compiled,
     cost,
@@ -54,6 +54,18 @@ def test_what_triton_compiles_wrongly_is_not_chosen(monkeypatch):
             False,
         ]
     assert requests["kda"].choice() == requests["kda"].rule()
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("gla", 32), ("kda", 32), ("simple_gla", 64)])
+def test_chunks_that_are_asked_for_are_not_longer_than_what_compiles(name, chunk):
+    """Gradients of vector decays; a forward has the chunks that were asked for."""
+    program = RECURRENCES[name].program()
+    for direction, rows in (("forward", 64), ("backward", chunk)):
+        request = request_of(program, direction, (1, 200, 2, 64))
+        request = replace(request, options=Options(chunk_size=64))
+        assert request.choice().chunk == rows
+    said = miscompiled.notes(request.wanted, request.program)
+    assert [text.split(":")[0] for text in said] == ["chunks of 32 rows"] * (chunk < 64)
 
 
 @pytest.mark.parametrize(
@@ -462,3 +474,14 @@ def test_host_work_of_a_call_is_bounded():
         for _ in range(2):  # the second call makes the graph
             run_()
         assert host.functions_entered(run_) <= most
+
+
+@pytest.mark.parametrize(("name", "far"), [("gla", 1), ("kda", 1), ("rwkv7", 2)])
+def test_far_kernels_store_what_their_near_kernel_does(name, far):
+    """Many rows of sums over levels are shared between two, which have registers for half of them."""
+    kernels = {k.name: k for k in plan_of(name, "backward", (2, 16384, 16, 128)).kernels}
+    near = kernels["gradients"]
+    others = [k for k in kernels.values() if k.tuned_as == "gradients" and k is not near]
+    assert [k.name for k in others] == ["gradients_far", "gradients_far_2"][:far]
+    stored = [s.value for k in others for s in k.stores]
+    assert sorted(stored, key=str) == sorted([s.value for s in near.stores], key=str)

@@ -206,15 +206,15 @@ class Request:
 
     @property
     def wanted(self) -> Choice:
-        """How the call is run if it is compiled as written."""
-        return self.measured or self.rule()
-
-    def choice(self) -> Choice:
-        """How the call is run: as measured, else by the rules, but for what is compiled wrongly."""
-        chosen, size = avoided(self.wanted, self.program), self.options.chunk_size
+        """How the call is run if it is compiled as written, in chunks as long as was asked for."""
+        chosen, size = self.measured or self.rule(), self.options.chunk_size
         if size is None or self.is_step:
             return chosen
         return replace(chosen, chunk=min(max(16, 1 << (size - 1).bit_length()), KEPT_SPAN))
+
+    def choice(self) -> Choice:
+        """How the call is run: as measured, else by the rules, but for what is compiled wrongly."""
+        return avoided(self.wanted, self.program) if self.is_backward else self.wanted
 
     def rule(self) -> Choice:
         """How the call is run where nobody has measured."""
