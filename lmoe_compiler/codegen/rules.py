@@ -73,8 +73,8 @@ their products of pairs        2 warps, keys in tiles of 64: B1 T8192 H96 delta 
                                registers 265; gated 383 (552; with 168 200 B of spills)
 their sums of numbers          3 stages, all loads ahead: gated B4 T2048 444 (1 stage 459); 1 warp or 2, 2 to 4 stages
                                for those from the end: 462 to 470
-far chunks                     RWKV-7's gradients in two kernels: 0 and 36 B of spills (in one 192; 324 where results
-                               are stored after all sums). A kernel for each result: where all chunks are far 73 ms
+far chunks                     RWKV-7's gradients in two kernels: 0 and 36 B of spills (in one 192; 324 where all is
+                               loaded before the sums). A kernel for each result: where all chunks are far 73 ms
                                (26.6 in one), and 4483 us in all where none is (4274)
 gradients of vector decays     pairs' terms of rows as products take them, rounded: errors of dg in bf16 at B1 T2048 H4
                                0.0033 for 0.0082 (GLA), 0.0037 for 0.0084 (KDA), 0.0033 for 0.0066 (RWKV-7), 0.0025 for
