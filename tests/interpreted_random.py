@@ -71,7 +71,7 @@ def made(name: str, axes: tuple[str, ...], strong: bool) -> torch.Tensor:
     return rows.sigmoid() if name in "bc" else F.normalize(rows, dim=-1) if axes == ("K",) else rows
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     recurrences(), st.sampled_from(sorted(MANY)), st.booleans(), st.booleans(), st.integers(0, 99)
 )
