@@ -27,25 +27,25 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TOKENS = "  token q[K] k[K] v[V] x[K] y[K] w[K] g b c\n"
 SIZES = {"K": 20, "V": 24}
-KEYS = st.sampled_from(("k", "x", "k * x", "k * k", "b * k", "exp(x) * k"))
-VALUES = st.sampled_from(("v", "b * v", "b * b * v", "c * v", "v * v"))
-READS = st.sampled_from(("q", "x", "q * q", "q * x", "b * q", "exp(x) * q"))
-SCALES = st.sampled_from(("b", "c", "(b * c)", "(b * b)"))
-DECAYS = st.sampled_from(([], ["w"], ["g"], ["w", "y"], ["w", "g"], ["g", "g"]))
+READS = st.sampled_from(("q", "q * q", "q * x", "b * q"))
+DECAYS = st.sampled_from(([], ["g"], ["w"], ["w"], ["w", "y"], ["w", "g"]))
 MANY = {name: PLANS[name] for name in ("prepared", "inner", "products", "spans", "sections")}
 MANY["recomputed"] = RECOMPUTED
 
 
 @st.composite
 def recurrences(draw) -> str:
-    updates = [
-        f"{key} (x) {value}"
-        for key, value in draw(st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=2))
-    ]
+    """Of few rows and numbers, so that they meet often."""
+    key, number = draw(st.sampled_from("kx")), draw(st.sampled_from("bc"))
+    keys = st.sampled_from((key, f"{key} * {key}", f"{number} * {key}", "k * x"))
+    values = st.sampled_from(("v", f"{number} * v", f"{number} * {number} * v", "v * v"))
+    pairs = draw(st.lists(st.tuples(keys, values), min_size=1, max_size=2))
+    updates = [f"{row} (x) {value}" for row, value in pairs]
     if draw(st.booleans()):
-        key, read = draw(st.sampled_from((("k", "k"), ("b * k", "k"), ("x", "k"), ("x", "x"))))
-        feedback = f"{key} (x) -{draw(SCALES)} * ({read}' S)"
-        updates.insert(draw(st.integers(0, len(updates))), feedback)
+        row = draw(st.sampled_from((key, f"{number} * {key}")))
+        scale = draw(st.sampled_from((number, f"({number} * {number})")))
+        read = draw(st.sampled_from((key, key, "k")))
+        updates.insert(draw(st.integers(0, len(updates))), f"{row} (x) -{scale} * ({read}' S)")
     step = [
         "step S",
         *(f"  decay log {d}" for d in draw(DECAYS)),
@@ -71,7 +71,7 @@ def made(name: str, axes: tuple[str, ...], strong: bool) -> torch.Tensor:
     return rows.sigmoid() if name in "bc" else F.normalize(rows, dim=-1) if axes == ("K",) else rows
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     recurrences(), st.sampled_from(sorted(MANY)), st.booleans(), st.booleans(), st.integers(0, 99)
 )

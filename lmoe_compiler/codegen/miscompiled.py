@@ -7,7 +7,8 @@ a backward of DeltaNet takes 1.48 ms instead of 1.40.
 
 Triton 3.7.1 (others were not tried): `gradients` of GLA in chunks of 64. Of a product whose left operand is a
 transposed block of registers compute-sanitizer says that it reads shared memory out of range (bf16, K = V = 64, tiles
-of 32 keys); results differ from call to call, with K = V = 128 too where sections run side by side.
+of 32 keys), and results differ from call to call. With K = V = 128 they did once, where sections ran side by side: not
+isolated, and excluded too.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ all running sums of a gradient to the gates become one:
     level_sign                       -1
     level_gather  x, to rows         sums of the rows of x from each on (less x if exclusive); to columns their negative
 
+Terms of such a sum that are made of scaled rows get these `rounded`: as products take them.
+
 Before: partition.py's kernels. The chunks whose decays are not near are left to a kernel with all levels.
 """
 

@@ -49,17 +49,17 @@ def near_and_far(kernel: Kernel, cut: Mapping[Node, Value], exact: bool) -> list
     stores = near_form(kernel.stores, cut, exact, kernel.tuning.full)
     found = [replace(kernel, levels="near", reach=reach, stores=stores)]
     tuning = replace(kernel.tuning, num_warps=min(8, 4 * kernel.tuning.num_warps))
-    for part in _parts(_levels_merged(kernel.stores, cut), cut):
-        nodes = set(closure([s.node for s in part], cut))
+    for own in _shared_out(_levels_merged(kernel.stores, cut), cut):
+        nodes = set(closure([s.node for s in own], cut))
         loads = tuple([load for load in kernel.loads if load.node in nodes])
         name = f"{kernel.name}_far{f'_{len(found)}' if len(found) > 1 else ''}"
         far = replace(kernel, name=name, levels="far", reach=reach, tuning=tuning)
-        found.append(replace(far, loads=loads, stores=tuple(part)))
+        found.append(replace(far, loads=loads, stores=tuple(own)))
     return found
 
 
-def _parts(stores: Sequence[Store], cut: Mapping[Node, Value]) -> list[Sequence[Store]]:
-    """What each far kernel stores: one half of too many rows of sums apart from all else."""
+def _shared_out(stores: Sequence[Store], cut: Mapping[Node, Value]) -> list[Sequence[Store]]:
+    """What each far kernel stores: all, or of too many rows of sums one half, and all else."""
     rows = [s for s in stores if s.value.per == "row" and SOURCE not in s.value.axes]
     sums = [s for s in rows if any(n.op == "level_sum" for n in closure([s.node], cut))]
     if len(sums) <= FAR_RESULTS:

@@ -67,8 +67,8 @@ their scans by keys            tiles of 64 keys, 4 warps, 3 stages: gated 2446 a
                                the values: no spills (480 B; 3241). Simple GLA all loads ahead: Mamba-2 1150 (1235),
                                others the same; chunks of 64: 1001 (961), 100 B of spills. K = V = 64, tiles of 32, 2
                                warps: delta rule B8 T1024 H8 124 (64, 4 warps: 140), gated 171 (178); without products
-                               149, 209, and 8 and 7 MiB less. K = V = 256, of
-                               32 in 2 stages: 5511 (of 64, 8 warps: 5962), gated 7515 (8527), 136 B of spills
+                               149, 209, and 8 and 7 MiB less. K = V = 256, of 32 in 2 stages: 5511 (of 64, 8 warps:
+                               5962), gated 7515 (8527), 136 B of spills
 their products of pairs        2 warps, keys in tiles of 64: B1 T8192 H96 delta rule 339 (4 warps 388), at most 168
                                registers 265; gated 383 (552; with 168 200 B of spills)
 their sums of numbers          3 stages, all loads ahead: gated B4 T2048 444 (1 stage 459); 1 warp or 2, 2 to 4 stages
@@ -84,11 +84,11 @@ gradients of vector decays     pairs' terms of rows as products take them, round
 contractions apart             of scalar and vector decays too: simple GLA 381 + 347 (543 in one), GLA 485 + 505
                                (1112), HGRN2 489 + 758 (1213), no spills; not done: too little, and products are
                                rounded
-all loads ahead                scans with decays: spans of gated 146 (235), KDA 160 (233),
-                               GLA 84 (104), with their maps 483 (583; maps not ahead 555), KDA 721 (803); scan of
-                               simple GLA 49 (62) at B4 T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697);
-                               states of gated 345 (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161
-                               (1255). Not: other adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244).
+all loads ahead                scans with decays: spans of gated 146 (235), KDA 160 (233), GLA 84 (104), with their
+                               maps 483 (583; maps not ahead 555), KDA 721 (803); scan of simple GLA 49 (62) at B4
+                               T2048, 325 (357) at B1 T8192 H96, GLA 53 (61), RWKV-7 652 (697); states of gated 345
+                               (383), KDA 648 (758), RWKV-7 1418 (1568), and its adjoint 1161 (1255). Not: other
+                               adjoints (gated 1083, 1009; KDA 1372, 1202), states of GLA 267 (244).
                                Loops over tiles of keys: gradients of KDA 2720 (2708), RWKV-7 3787 (3810), not done
 fewer registers                168 or 128 spill in nearly every kernel: whole calls take 1.1 to 4 times as long
 chunk 64, solves or levels     with 4 warps in prepare and gradients, 8 in products: delta rule 2265 (2124), gated
@@ -116,7 +116,8 @@ K = V = 256, B8 T2048 H32      scans of tiles of 128 values with 8 warps, pairs 
                                gated: 1322 (1169); states and adjoint so too without solves or scalar decays: GLA 2183
                                (2500), states of delta rule 897 (1326), KDA 1381 (1519). Gradients of Mamba-2 with 64
                                keys 3397 (32: 7572); prepare of delta rules in tiles of 64 keys 160 (218). These spill
-                               up to 132 B. All loads ahead where scans have decays: forward of simple GLA 594 (999),
+                               up to 132 B (RWKV-7's adjoint 368). All loads ahead where scans have decays: forward of
+                               simple GLA 594 (999),
                                Mamba-2 610 (1008), RetNet 598 (987), KDA 1414 (1690), GLA 927 (938); backward of simple
                                GLA with the adjoint so too 5206 (5773), GLA 5203 (5546), states of KDA 1236 (1478),
                                states_keys of gated 2067 (2210), not its adjoint_keys 2021 (1939). Without spills:
